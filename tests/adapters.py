@@ -1,0 +1,19 @@
+"""The course's hook names, so that its public test files can be dropped beside this one and run."""
+
+from cs336_alignment.grpo_helper import (compute_group_normalized_rewards, compute_grpo_clip_loss,
+                                         compute_naive_policy_gradient_loss, compute_policy_gradient_loss,
+                                         grpo_microbatch_train_step, masked_mean)
+from cs336_alignment.sft_helper import (compute_entropy, get_response_log_probs, masked_normalize,
+                                        sft_microbatch_train_step, tokenize_prompt_and_output)
+
+run_tokenize_prompt_and_output = tokenize_prompt_and_output
+run_compute_entropy = compute_entropy
+run_get_response_log_probs = get_response_log_probs
+run_masked_normalize = masked_normalize
+run_sft_microbatch_train_step = sft_microbatch_train_step
+run_compute_group_normalized_rewards = compute_group_normalized_rewards
+run_compute_naive_policy_gradient_loss = compute_naive_policy_gradient_loss
+run_compute_grpo_clip_loss = compute_grpo_clip_loss
+run_compute_policy_gradient_loss = compute_policy_gradient_loss
+run_masked_mean = masked_mean
+run_grpo_microbatch_train_step = grpo_microbatch_train_step

