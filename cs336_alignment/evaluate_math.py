@@ -6,12 +6,12 @@
 __all__ = ['NUMBER', 'RATES', 'REWARD_FNS', 'app', 'Track', 'Data', 'N', 'Prompt', 'Model', 'Kind', 'MaxTokens', 'Force',
            'wilson', 'last_number_matches', 'summarise', 'make_records', 'finished_records', 'evaluate_vllm',
            'generate_chunk', 'append_lines', 'environment', 'claim', 'zero_shot_config', 'zero_shot',
-           'write_run_folder', 'sweep', 'print_metrics', 'how_many', 'stop', 'prepare', 'main', 'grid', 'results_table']
+           'write_run_folder', 'sweep', 'print_metrics', 'sizes', 'stop', 'prepare', 'main', 'grid', 'results_table']
 
-# %% ../nbs/05_zero_shot.ipynb #f78e7077
+# %% ../nbs/05_zero_shot.ipynb #23657f23
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
-# %% ../nbs/05_zero_shot.ipynb #5b481bb1
+# %% ../nbs/05_zero_shot.ipynb #52b73959
 import json, os, re, subprocess, time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,7 +27,7 @@ from .drgrpo_grader import grade_batch, question_only_reward_fn, r1_zero_reward_
 from .inference import SamplingParams, make_engine
 from .models import TRACKS, model_dir
 
-# %% ../nbs/05_zero_shot.ipynb #2b193390
+# %% ../nbs/05_zero_shot.ipynb #19a2076d
 def wilson(k: int, n: int) -> tuple[float, float]:
     """95% Wilson score interval for a rate of `k` successes in `n` trials (Wilson 1927), through scipy.
 
@@ -37,7 +37,7 @@ def wilson(k: int, n: int) -> tuple[float, float]:
     ci = binomtest(int(k), n).proportion_ci(0.95, method="wilson")
     return float(ci.low), float(ci.high)
 
-# %% ../nbs/05_zero_shot.ipynb #794e3ebd
+# %% ../nbs/05_zero_shot.ipynb #8758987c
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -49,7 +49,7 @@ def last_number_matches(response: str, ground_truth: str) -> bool:
     except ValueError:  # a gold that is no plain number, such as a fraction in LaTeX
         return False
 
-# %% ../nbs/05_zero_shot.ipynb #930d1119
+# %% ../nbs/05_zero_shot.ipynb #96a62c9b
 def summarise(records: list[dict]) -> dict:
     """Rates of an evaluation (handout §3): format, answer, mean reward, each with a 95% interval; counts; lengths.
 
@@ -70,7 +70,7 @@ def summarise(records: list[dict]) -> dict:
 
 RATES = {"format_rate": "format_reward", "answer_accuracy": "answer_reward", "reward_mean": "reward"}
 
-# %% ../nbs/05_zero_shot.ipynb #85780074
+# %% ../nbs/05_zero_shot.ipynb #6e5169a1
 def make_records(outputs, prompts, questions, ground_truths, reward_fn, first_index: int) -> list[dict]:
     """Grade one completion per prompt and lay out the lines of the result file."""
     outputs = [o.outputs[0] if hasattr(o, "outputs") else o[0] for o in outputs]  # vllm.LLM's form, or ours
@@ -80,7 +80,7 @@ def make_records(outputs, prompts, questions, ground_truths, reward_fn, first_in
              "finish_reason": o.finish_reason}
             for i, (o, p, q, g, r) in enumerate(zip(outputs, prompts, questions, ground_truths, rewards))]
 
-# %% ../nbs/05_zero_shot.ipynb #cdd9ed82
+# %% ../nbs/05_zero_shot.ipynb #dd7078f8
 def finished_records(path: Path) -> list[dict]:
     """The complete lines of a result file; a half-written last line (a killed run) is cut off the file."""
     if not path.exists():
@@ -91,7 +91,7 @@ def finished_records(path: Path) -> list[dict]:
         path.write_bytes(kept)
     return read_jsonl(path) if kept else []
 
-# %% ../nbs/05_zero_shot.ipynb #a108cdf8
+# %% ../nbs/05_zero_shot.ipynb #a6110978
 def evaluate_vllm(vllm_model, reward_fn, prompts, eval_sampling_params, ground_truths, questions=None, out=None,
                   chunk_size=512, progress=True) -> dict:
     """Generate for every prompt, grade, write one JSON line per example to `out`, return the metrics (handout §3).
@@ -118,7 +118,7 @@ def evaluate_vllm(vllm_model, reward_fn, prompts, eval_sampling_params, ground_t
             records += new
     return summarise(records)
 
-# %% ../nbs/05_zero_shot.ipynb #0689b055
+# %% ../nbs/05_zero_shot.ipynb #ae01ac12
 def generate_chunk(vllm_model, prompts, sampling, start: int, progress: bool):
     """Generate for the chunk that begins at prompt `start`; its seed depends on the run's seed and `start` alone."""
     seed = None if sampling.seed is None else (sampling.seed * 1_000_003 + start) % 2**31
@@ -136,7 +136,7 @@ def append_lines(path: Path | str | None, records: list[dict]) -> None:
         with open(path, "a", encoding="utf-8") as f:
             f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
-# %% ../nbs/05_zero_shot.ipynb #f643fe19
+# %% ../nbs/05_zero_shot.ipynb #0fc609d0
 def environment() -> dict:
     """Commit, package versions and device of this process, for `environment.json` of a run folder."""
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=Path(__file__).parent if "__file__" in globals() else None,
@@ -148,7 +148,7 @@ def environment() -> dict:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "gpu_count": torch.cuda.device_count(), "cpu_count": os.cpu_count()}
 
-# %% ../nbs/05_zero_shot.ipynb #e89962e1
+# %% ../nbs/05_zero_shot.ipynb #0c0c5222
 def claim(out: Path, config: dict, force: bool = False) -> Path:
     """Make `out` the result file of `config`, which is kept beside it as `<name>.config.json`; return `out`.
 
@@ -166,7 +166,7 @@ def claim(out: Path, config: dict, force: bool = False) -> Path:
         raise OSError(f"cannot write {out}: {e.strerror}. Choose another place with --out, or free the folder") from e
     return out
 
-# %% ../nbs/05_zero_shot.ipynb #03552b50
+# %% ../nbs/05_zero_shot.ipynb #25d7ab8f
 REWARD_FNS = {"question_only": question_only_reward_fn}  # every other prompt asks for the r1_zero tags
 
 
@@ -183,7 +183,7 @@ def zero_shot_config(track="pocket", data=None, n=None, prompt=None, seed=0, mod
             "n": n, "prompt": prompt or preset.prompt, "seed": seed, "temperature": temperature,
             "max_tokens": max_tokens or preset.max_tokens, "chunk_size": chunk_size}
 
-# %% ../nbs/05_zero_shot.ipynb #8f3818aa
+# %% ../nbs/05_zero_shot.ipynb #48209e2e
 def zero_shot(engine, config: dict, out: Path, force: bool = False, progress: bool = True) -> dict:
     """Evaluate `engine` under `config` (from `zero_shot_config`) into the JSON-lines file `out`; return the metrics.
 
@@ -197,7 +197,7 @@ def zero_shot(engine, config: dict, out: Path, force: bool = False, progress: bo
         sampling, [p.ground_truth for p in problems], [p.question for p in problems], claim(out, config, force),
         chunk_size=config["chunk_size"], progress=progress)
 
-# %% ../nbs/05_zero_shot.ipynb #7af33d56
+# %% ../nbs/05_zero_shot.ipynb #8d55e1f2
 def write_run_folder(folder: Path, config: dict, metrics: dict, wall_s: float, engine_line: str) -> None:
     """Write the small files of a finished run beside its `responses.jsonl` (layout: design of the run folders)."""
     records = read_jsonl(folder / "responses.jsonl")
@@ -215,8 +215,8 @@ def write_run_folder(folder: Path, config: dict, metrics: dict, wall_s: float, e
         **{k: config[k] for k in ("family", "track", "seed", "temperature")}, "variant": folder.name.rsplit("_seed", 1)[0],
         "steps": 0, "final": metrics, "best": metrics["answer_accuracy"], "n_eval": metrics["n"], "wall_s": wall_s, "gpu": env["gpu"]})
 
-# %% ../nbs/05_zero_shot.ipynb #3c7e3e9d
-def sweep(engine, configs: list[dict], root: Path, force: bool = False) -> list[dict]:
+# %% ../nbs/05_zero_shot.ipynb #9fee5617
+def sweep(engine, configs: list[dict], root: Path, force: bool = False, progress: bool = True) -> list[dict]:
     """Run each configuration into `root/<data>-<prompt>_seed<k>/`; finished runs are read, not run again."""
     summaries = []
     for config in configs:
@@ -224,7 +224,7 @@ def sweep(engine, configs: list[dict], root: Path, force: bool = False) -> list[
         done = folder / "summary.json"
         if force or not done.exists() or json.loads((folder / "config.json").read_text()) != config:
             begin = time.time()
-            metrics = zero_shot(engine, config, folder / "responses.jsonl", force)
+            metrics = zero_shot(engine, config, folder / "responses.jsonl", force, progress)
             write_run_folder(folder, config, metrics, time.time() - begin, type(engine).__name__)
         summaries.append(json.loads(done.read_text()))
         print_metrics(summaries[-1]["final"], folder.name)
@@ -241,7 +241,7 @@ def print_metrics(m: dict, title: str) -> None:
     print(f"  last number right {m['last_number_accuracy']:.2%}, {m['mean_tokens']:.0f} tokens a response, "
           f"{m['truncated']:.1%} cut off")
 
-# %% ../nbs/05_zero_shot.ipynb #a8f25561
+# %% ../nbs/05_zero_shot.ipynb #e7b29774
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Zero-shot evaluation on mathematics problems (CS336 assignment 5, §3).")
 Track = Annotated[str, typer.Option(help="micro | pocket | course: model, data and prompt that go together")]
 Data = Annotated[str | None, typer.Option(help="gsm_symbolic | gsm8k | math | micro, or a file (default: the track's)")]
@@ -249,14 +249,15 @@ N = Annotated[int | None, typer.Option(help="number of problems, 0 for all (defa
 Prompt = Annotated[str | None, typer.Option(help="r1_zero | r1_zero_three_shot | question_only, or a file")]
 Model = Annotated[str | None, typer.Option(help="a model's name on the hub or its folder (default: the track's)")]
 Kind = Annotated[str, typer.Option(help="auto | vllm | transformers")]
-MaxTokens = Annotated[int | None, typer.Option(help="longest response in tokens (default: the track's)")]
+MaxTokens = Annotated[int | None, typer.Option(help="longest response in tokens (default: the track's with a GPU, 256 without)")]
 Force = Annotated[bool, typer.Option(help="run again even if a finished run of the same configuration exists")]
 
-# %% ../nbs/05_zero_shot.ipynb #e492b7bc
-def how_many(n: int | None) -> dict:
-    """`n` as the configuration wants it, and chunks that lose little when a slow run is killed."""
-    gpu = torch.cuda.is_available()
-    return {"n": (None if gpu else 32) if n is None else n or None, "chunk_size": 1536 if gpu else 16}
+# %% ../nbs/05_zero_shot.ipynb #042c59bc
+def sizes(n: int | None, max_tokens: int | None) -> dict:
+    """What was asked for, or what ends in minutes here; chunks that lose little when a slow run is killed."""
+    if torch.cuda.is_available():
+        return {"n": n or None, "max_tokens": max_tokens, "chunk_size": 1536}
+    return {"n": 32 if n is None else n or None, "max_tokens": max_tokens or 256, "chunk_size": 32}
 
 
 def stop(error: Exception):
@@ -264,7 +265,7 @@ def stop(error: Exception):
     typer.echo(f"error: {error}", err=True)
     raise typer.Exit(2)
 
-# %% ../nbs/05_zero_shot.ipynb #90bebd32
+# %% ../nbs/05_zero_shot.ipynb #b37f34c9
 def prepare(configs: list[dict]) -> None:
     """Find mistakes before a model is loaded: problems, prompt and model of each configuration must exist."""
     for config in configs:
@@ -272,7 +273,7 @@ def prepare(configs: list[dict]) -> None:
         load_prompt(config["prompt"])
         model_dir(config["model"])
 
-# %% ../nbs/05_zero_shot.ipynb #c9a5a0d1
+# %% ../nbs/05_zero_shot.ipynb #13293b7e
 @app.callback(invoke_without_command=True)
 def main(ctx: typer.Context, track: Track = "pocket", data: Data = None, n: N = None, prompt: Prompt = None, seed: int = 0,
          model: Model = None, max_tokens: MaxTokens = None, engine: Kind = "auto", force: Force = False,
@@ -281,7 +282,7 @@ def main(ctx: typer.Context, track: Track = "pocket", data: Data = None, n: N = 
     if ctx.invoked_subcommand:
         return
     try:
-        config = zero_shot_config(track, data, prompt=prompt, seed=seed, model=model, max_tokens=max_tokens, **how_many(n))
+        config = zero_shot_config(track, data, prompt=prompt, seed=seed, model=model, **sizes(n, max_tokens))
         claim(out, config, force)
         prepare([config])
     except (ValueError, OSError) as error:
@@ -292,7 +293,7 @@ def main(ctx: typer.Context, track: Track = "pocket", data: Data = None, n: N = 
     print_metrics(metrics, f"{config['model']}, {config['data']}, {config['prompt']}, seed {seed}, T = {config['temperature']}")
     print(f"{'already complete (--force runs it again)' if complete else 'responses'}: {out}")
 
-# %% ../nbs/05_zero_shot.ipynb #74e41a27
+# %% ../nbs/05_zero_shot.ipynb #ef0f144d
 @app.command()
 def grid(track: Track = "pocket", data: list[str] = ["gsm8k", "gsm_symbolic"], n: N = None, model: Model = None,
          prompt: list[str] = ["r1_zero", "r1_zero_three_shot", "question_only"], seed: list[int] = [0, 1, 2, 3],
@@ -300,7 +301,7 @@ def grid(track: Track = "pocket", data: list[str] = ["gsm8k", "gsm_symbolic"], n
     """Evaluate every combination of --data, --prompt and --seed (repeat an option for several) into run folders."""
     out = out or Path(f"results/base_{track}")
     try:
-        configs = [zero_shot_config(track, d, prompt=p, seed=s, model=model, max_tokens=max_tokens, **how_many(n))
+        configs = [zero_shot_config(track, d, prompt=p, seed=s, model=model, **sizes(n, max_tokens))
                    for d in data for p in prompt for s in seed]
         prepare(configs)
         (out / "responses").parent.mkdir(parents=True, exist_ok=True)
@@ -309,7 +310,7 @@ def grid(track: Track = "pocket", data: list[str] = ["gsm8k", "gsm_symbolic"], n
     with make_engine(configs[0]["model"], kind=engine, replicas=replicas) as e:
         sweep(e, configs, out, force)
 
-# %% ../nbs/05_zero_shot.ipynb #90aad46c
+# %% ../nbs/05_zero_shot.ipynb #5e62143a
 def results_table(root: str | Path):
     """pandas table of the run folders under `root`: one row per variant, rates in % over all its seeds.
 
@@ -332,6 +333,6 @@ def results_table(root: str | Path):
                      "tokens": f"{mean('mean_tokens') / 100:.0f}", "cut off %": f"{mean('truncated'):.1f}"})
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_zero_shot.ipynb #1461c18a
+# %% ../nbs/05_zero_shot.ipynb #7a0fa632
 if __name__ == "__main__" and "__file__" in globals():
     app()

@@ -14,7 +14,7 @@ __all__ = ['Tokenizer', 'Prompts', 'Decode', 'Tick', 'Row', 'Layout', 'SamplingP
            'team_run', 'team_load_weights', 'vllm_version', 'vllm_problem', 'vllm_args', 'VLLMEngine', 'start_backend',
            'make_engine']
 
-# %% ../nbs/04_inference.ipynb #cfa4a903
+# %% ../nbs/04_inference.ipynb #5409f91d
 import contextlib
 import gc
 import hashlib
@@ -41,7 +41,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# %% ../nbs/04_inference.ipynb #f8dc4e4e
+# %% ../nbs/04_inference.ipynb #1cffc6fe
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ Decode = Callable[[list[int]], str]
 Tick = Callable[[int], Any]  # tick(k): k more responses have finished
 Row = tuple[str, list[int], list[float] | None, str]  # text, token ids, log-probs, finish reason
 
-# %% ../nbs/04_inference.ipynb #1e836c0e
+# %% ../nbs/04_inference.ipynb #2e12979e
 @dataclass(frozen=True)
 class SamplingParams:
     """How to sample, for both engines. Names and meanings are vLLM's; the defaults are the handout's (§3.1)."""
@@ -85,7 +85,7 @@ class SamplingParams:
             if wrong:
                 raise ValueError(f"sampling needs {rule}: {self}")
 
-# %% ../nbs/04_inference.ipynb #911bf6c4
+# %% ../nbs/04_inference.ipynb #6c5671e7
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One response.
@@ -100,13 +100,13 @@ class Completion:
     finish_reason: str  # "stop": eos or a stop string; "length": max_tokens or the end of the context
     prompt_token_ids: list[int]
 
-# %% ../nbs/04_inference.ipynb #05ad3dc8
+# %% ../nbs/04_inference.ipynb #bed4584d
 def sample_seed(seed: int, prompt_index: int, sample_index: int) -> int:
     """The seed of one sample, 0 <= it < 2**56, the same on every machine."""
     name = f"{seed} {prompt_index} {sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "big")
 
-# %% ../nbs/04_inference.ipynb #adf5e7b9
+# %% ../nbs/04_inference.ipynb #61939865
 def gumbel_rows(like: Tensor, generators: Sequence[torch.Generator], done: Sequence[bool]) -> Tensor:
     """Gumbel noise of the shape of `like` (B, V), each row from its own generator; zeros in rows that are done."""
     exponential = torch.ones_like(like)
@@ -115,7 +115,7 @@ def gumbel_rows(like: Tensor, generators: Sequence[torch.Generator], done: Seque
             row.exponential_(generator=generator)
     return -exponential.log()
 
-# %% ../nbs/04_inference.ipynb #7628993a
+# %% ../nbs/04_inference.ipynb #d6b8a933
 class SeededSampler(LogitsProcessor):
     """Turns greedy decoding into sampling with a seed per row, and records the log-probability of each chosen token.
 
@@ -140,13 +140,13 @@ class SeededSampler(LogitsProcessor):
         self.logprobs.append(logits.gather(1, chosen).squeeze(1) - logits.logsumexp(-1))
         return scores
 
-# %% ../nbs/04_inference.ipynb #90298daf
+# %% ../nbs/04_inference.ipynb #869c0179
 def find_stop(text: str, stop: Sequence[str], start: int = 0) -> tuple[int, int] | None:
     """(begin, end) of the stop string in `text` that ends first, if it ends after position `start`; else None."""
     spans = [(text.find(s, max(0, start + 1 - len(s))), len(s)) for s in stop]
     return min(((begin, begin + size) for begin, size in spans if begin >= 0), key=lambda span: span[1], default=None)
 
-# %% ../nbs/04_inference.ipynb #e3e0a3b4
+# %% ../nbs/04_inference.ipynb #065d5c30
 def cut_response(token_ids: list[int], limit: int, decode: Decode, eos_ids: set[int],
                  sampling: SamplingParams) -> tuple[list[int], str, str]:
     """Ends a response where vLLM would: (token ids, text, finish reason).
@@ -168,7 +168,7 @@ def cut_response(token_ids: list[int], limit: int, decode: Decode, eos_ids: set[
                             key=lambda k: find_stop(decode(ids[:k]), sampling.stop, start) is not None)
     return ids[:completed], text[:span[sampling.include_stop_str_in_output]], "stop"
 
-# %% ../nbs/04_inference.ipynb #02e0383a
+# %% ../nbs/04_inference.ipynb #ea38ee75
 class StopWhenAllEnded(StoppingCriteria):
     """Marks rows that have ended in `done` and calls `tick(how_many_more)`; generation ends when all have."""
 
@@ -196,7 +196,7 @@ class StopWhenAllEnded(StoppingCriteria):
             return False
         return not find_stop(self.decode(tail[:-1]), stop)  # completed now, not before min_tokens
 
-# %% ../nbs/04_inference.ipynb #2b360330
+# %% ../nbs/04_inference.ipynb #326ef26d
 class Request(NamedTuple):
     """One response to be made: the prompt's token ids, the sample's seed, and how many new tokens fit."""
     prompt_token_ids: list[int]
@@ -213,7 +213,7 @@ def tokenize_prompts(prompts: Prompts, tokenizer: Tokenizer) -> list[list[int]]:
         return tokenizer(list(prompts), add_special_tokens=False).input_ids
     return [list(p) for p in prompts]
 
-# %% ../nbs/04_inference.ipynb #4453280f
+# %% ../nbs/04_inference.ipynb #0d78572c
 def make_requests(prompts: Prompts, sampling: SamplingParams, tokenizer: Tokenizer, context: int) -> list[Request]:
     """`sampling.n` requests for each prompt, in order. `context`: the most tokens of prompt plus response.
 
@@ -233,7 +233,7 @@ def make_requests(prompts: Prompts, sampling: SamplingParams, tokenizer: Tokeniz
         requests += [Request(ids, seed, limit) for seed in seeds]
     return requests
 
-# %% ../nbs/04_inference.ipynb #d04591c0
+# %% ../nbs/04_inference.ipynb #08fd02bf
 class Lifecycle:
     """Sleeping, waking and closing. A context manager: leaving it closes. `close` may be called twice."""
     closed: bool = False
@@ -253,7 +253,7 @@ class Lifecycle:
     def __exit__(self, *exc) -> None:
         self.close()
 
-# %% ../nbs/04_inference.ipynb #7c6c9a6e
+# %% ../nbs/04_inference.ipynb #344c23b5
 class Engine(Lifecycle):
     """What the rest of the course samples with. Subclasses set `tokenizer` and `context` (tokens), and define `_run`
     (requests, sampling, tick or None) -> [(text, token ids, log-probs or None, finish reason)] and `load_weights`
@@ -274,7 +274,7 @@ class Engine(Lifecycle):
         done = [Completion(*row, r.prompt_token_ids) for row, r in zip(rows, requests, strict=True)]
         return [done[i:i + sampling.n] for i in range(0, len(done), sampling.n)]
 
-# %% ../nbs/04_inference.ipynb #8c00d573
+# %% ../nbs/04_inference.ipynb #f6f280e9
 def named_weights(source: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """(name, tensor) of each weight, detached, under the names of the bare transformers model."""
     if isinstance(source, nn.Module):
@@ -283,7 +283,7 @@ def named_weights(source: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str,
         source = source.items()
     return [(name.replace("_orig_mod.", "").removeprefix("module."), tensor.detach()) for name, tensor in source]
 
-# %% ../nbs/04_inference.ipynb #3ec6d1f4
+# %% ../nbs/04_inference.ipynb #ce0ab02a
 @contextlib.contextmanager
 def plain_generation(model: PreTrainedModel):
     """Evaluation mode and default generation settings, for as long as the block runs."""
@@ -296,7 +296,7 @@ def plain_generation(model: PreTrainedModel):
         model.generation_config = settings
         model.train(training)
 
-# %% ../nbs/04_inference.ipynb #9dd947b7
+# %% ../nbs/04_inference.ipynb #03101376
 def eos_and_decode(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[set[int], Decode]:
     """The ids that end a response (the tokenizer's and the generation config's), and the function from ids to text."""
     eos = model.generation_config.eos_token_id
@@ -311,7 +311,7 @@ def pad_left(rows: Sequence[list[int]], device) -> tuple[Tensor, Tensor]:
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
 
-# %% ../nbs/04_inference.ipynb #48d9a453
+# %% ../nbs/04_inference.ipynb #913027db
 def sample_batch(model: PreTrainedModel, tokenizer: Tokenizer, requests: Sequence[Request], sampling: SamplingParams,
                  tick: Tick = lambda k: None) -> list[Row]:
     """One batch through transformers' `generate`: a row per request."""
@@ -331,7 +331,7 @@ def sample_batch(model: PreTrainedModel, tokenizer: Tokenizer, requests: Sequenc
         rows.append((text, kept, row_logprobs[:len(kept)] if sampling.logprobs is not None else None, reason))
     return rows
 
-# %% ../nbs/04_inference.ipynb #1dfe36fa
+# %% ../nbs/04_inference.ipynb #dc975825
 def sample_in_batches(requests: Sequence[Request], batch_size: int,
                       sample: Callable[[list[Request]], list[Row]]) -> list[Row]:
     """`sample` on batches of requests of similar prompt length, longest first (so that it fails early if at all)."""
@@ -343,7 +343,7 @@ def sample_in_batches(requests: Sequence[Request], batch_size: int,
             rows[i] = row
     return rows
 
-# %% ../nbs/04_inference.ipynb #d83fb761
+# %% ../nbs/04_inference.ipynb #ecd85e7f
 @torch.no_grad()
 def copy_weights(named: list[tuple[str, Tensor]], model: nn.Module) -> None:
     """Copies weights into `model`, cast to its dtype and device. If names or shapes differ: ValueError, no change."""
@@ -362,7 +362,7 @@ def free_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
-# %% ../nbs/04_inference.ipynb #649017e5
+# %% ../nbs/04_inference.ipynb #979da08f
 class TransformersEngine(Engine):
     """Sampling with transformers' `generate`. `model`: a name or path for `load_policy`, owned by the engine; or a live
     model with its tokenizer, which stays the caller's: a model in training samples with its current weights."""
@@ -374,7 +374,7 @@ class TransformersEngine(Engine):
         if (tokenizer or loaded) is None:
             raise ValueError("a live model needs its tokenizer: TransformersEngine(model, tokenizer)")
         self.tokenizer, self.device = tokenizer or loaded, self.model.device
-        self.batch_size = batch_size or (16 if self.device.type == "cpu" else 128)
+        self.batch_size = batch_size or (32 if self.device.type == "cpu" else 128)
         self.context = self.model.config.max_position_embeddings
 
     def _run(self, requests, sampling, tick):
@@ -389,7 +389,7 @@ class TransformersEngine(Engine):
         self.closed, self.model = True, None
         free_memory()
 
-# %% ../nbs/04_inference.ipynb #9afe5b90
+# %% ../nbs/04_inference.ipynb #05008c61
 def vllm_params(sampling: SamplingParams, request: Request):
     """vLLM's own SamplingParams for one request."""
     from vllm import SamplingParams as VLLMSamplingParams
@@ -406,7 +406,7 @@ def completion_row(output, index: int) -> Row:
     logprobs = None if output.logprobs is None else list(output.logprobs.logprobs)
     return output.text, list(output.token_ids), logprobs, output.finish_reason
 
-# %% ../nbs/04_inference.ipynb #8f68d880
+# %% ../nbs/04_inference.ipynb #12ae19e8
 def forwarding_bar(tick: Tick) -> Callable[..., Any]:
     """For vLLM's `use_tqdm`: a maker of invisible progress bars that pass their steps on to `tick`."""
     class Bar(plain_tqdm):
@@ -419,7 +419,7 @@ def forwarding_bar(tick: Tick) -> Callable[..., Any]:
 
     return make
 
-# %% ../nbs/04_inference.ipynb #49763d24
+# %% ../nbs/04_inference.ipynb #b674702b
 @contextlib.contextmanager
 def environment(**variables: str):
     """Sets environment variables for as long as the block runs."""
@@ -441,7 +441,7 @@ def kept_random_state():
     random.setstate(states[0])
     np.random.set_state(states[1])
 
-# %% ../nbs/04_inference.ipynb #cfee63a7
+# %% ../nbs/04_inference.ipynb #fa725f06
 class LocalVLLM(Lifecycle):
     """One vLLM engine in this process. `args` are those of `vllm.LLM`."""
 
@@ -473,7 +473,7 @@ class LocalVLLM(Lifecycle):
             self.llm = None
             vllm_cleanup()
 
-# %% ../nbs/04_inference.ipynb #06427d5c
+# %% ../nbs/04_inference.ipynb #ba5b63d3
 def vllm_generate(llm, requests: Sequence[Request], sampling: SamplingParams, tick: Tick | None) -> list[Row]:
     """`completion_row` of each request, in order."""
     if llm.llm_engine.has_unfinished_requests():
@@ -484,7 +484,7 @@ def vllm_generate(llm, requests: Sequence[Request], sampling: SamplingParams, ti
                            use_tqdm=forwarding_bar(tick) if tick else False)
     return [completion_row(output.outputs[0], i) for i, output in enumerate(outputs)]
 
-# %% ../nbs/04_inference.ipynb #df60eb7a
+# %% ../nbs/04_inference.ipynb #d43cd12e
 def vllm_load_weights(llm, named: list[tuple[str, Tensor]]) -> None:
     """Copies named tensors into vLLM's model in place, and forgets cached keys and values of the old weights."""
     try:
@@ -509,7 +509,7 @@ def vllm_cleanup() -> None:
     cleanup_dist_env_and_memory()
     free_memory()
 
-# %% ../nbs/04_inference.ipynb #9f8f3995
+# %% ../nbs/04_inference.ipynb #66cddc2d
 Layout = list[tuple[str, torch.dtype, tuple[int, ...], int]]  # name, dtype, shape, offset in bytes
 
 
@@ -534,7 +534,7 @@ def map_file(path: str, size: int) -> Tensor:
     """`size` bytes of memory shared by all processes that map `path`."""
     return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
 
-# %% ../nbs/04_inference.ipynb #eb32e33e
+# %% ../nbs/04_inference.ipynb #b5e80089
 def make_shared_file(size: int) -> str:
     """An empty file for `size` bytes, in shared memory if there is room, else among the temporary files."""
     folders = [Path("/dev/shm"), Path(tempfile.gettempdir())]
@@ -545,7 +545,7 @@ def make_shared_file(size: int) -> str:
     os.close(handle)
     return path
 
-# %% ../nbs/04_inference.ipynb #fa8716b5
+# %% ../nbs/04_inference.ipynb #e6ae7958
 class ReplicaServer:
     """What a replica process does for its parent: the methods of `LocalVLLM`, with arguments that can be sent."""
 
@@ -573,7 +573,7 @@ class ReplicaServer:
     def wake(self, tick) -> None:
         self.engine.wake()
 
-# %% ../nbs/04_inference.ipynb #a1ffd4ae
+# %% ../nbs/04_inference.ipynb #b9f5f3c6
 def serve_replica(fd: int) -> None:
     """Answers calls on the pipe `fd` until it closes. Its process group, its own, ends with the parent."""
     def end_with(parent: int) -> None:
@@ -593,7 +593,7 @@ def serve_replica(fd: int) -> None:
         except Exception:
             pipe.send(("error", traceback.format_exc()))
 
-# %% ../nbs/04_inference.ipynb #fef7423c
+# %% ../nbs/04_inference.ipynb #0b113cef
 def kv_cache_bytes(model: str, gpu_share: float) -> int:
     """Bytes for vLLM's key-value cache when a replica may use `gpu_share` of the GPU. ValueError if nothing is left."""
     total = torch.cuda.get_device_properties(0).total_memory
@@ -605,7 +605,7 @@ def kv_cache_bytes(model: str, gpu_share: float) -> int:
                          f"{left / 2**30:.1f} GiB for keys and values. Fewer replicas or more gpu_memory_utilization?")
     return left
 
-# %% ../nbs/04_inference.ipynb #9989dbf8
+# %% ../nbs/04_inference.ipynb #1cf0f7f5
 class Replica:
     """A process that runs `serve_replica`. `variables` are added to its environment; it stays on `cores`, if given."""
 
@@ -631,7 +631,7 @@ class Replica:
             tail = b"\n".join(self.log.read().splitlines()[-15:]).decode(errors="replace")
             raise RuntimeError(f"engine replica {self.number} ended with code {code}; its log ends:\n{tail}") from None
 
-# %% ../nbs/04_inference.ipynb #d916f41b
+# %% ../nbs/04_inference.ipynb #bf67e188
 def ask(replica: Replica, method: str, args: tuple) -> None:
     """Sends a call. One that is unfinished, since the caller was interrupted, is waited for first."""
     while replica.busy:
@@ -646,7 +646,7 @@ def listen(replica: Replica) -> tuple[str, Any]:
     replica.busy = kind == "tick"
     return kind, value
 
-# %% ../nbs/04_inference.ipynb #70abfaf0
+# %% ../nbs/04_inference.ipynb #64a476b7
 def ask_all(replicas: list[Replica], method: str, arguments: Sequence[tuple], tick: Tick | None = None) -> list:
     """Calls `method` on each replica with its own arguments, all at the same time; their answers in order.
 
@@ -666,7 +666,7 @@ def ask_all(replicas: list[Replica], method: str, arguments: Sequence[tuple], ti
                 tick(value)
     return [answers[r.number] for r in replicas]
 
-# %% ../nbs/04_inference.ipynb #4a0b5e8a
+# %% ../nbs/04_inference.ipynb #af475f6c
 def end_replicas(replicas: list[Replica]) -> None:
     """Ends the processes and whatever they started, and waits until they are gone."""
     for replica in replicas:
@@ -677,7 +677,7 @@ def end_replicas(replicas: list[Replica]) -> None:
         replica.pipe.close()
         replica.log.close()
 
-# %% ../nbs/04_inference.ipynb #6be2d6f7
+# %% ../nbs/04_inference.ipynb #304a2db3
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them; [] on a machine without."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -694,7 +694,7 @@ def place_replicas(replicas: int, gpus: list[str],
     homes = [gpus[i % len(gpus)] for i in range(replicas)]
     return [({"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1"}, [], 1 / homes.count(gpu)) for gpu in homes]
 
-# %% ../nbs/04_inference.ipynb #d60cf003
+# %% ../nbs/04_inference.ipynb #32f87228
 class ReplicaTeam(Lifecycle):
     """vLLM engines in processes of their own, with the interface of `LocalVLLM`. `gpus` as `CUDA_VISIBLE_DEVICES`."""
 
@@ -725,7 +725,7 @@ class ReplicaTeam(Lifecycle):
         self.memory = None
         self.end()
 
-# %% ../nbs/04_inference.ipynb #df8ad313
+# %% ../nbs/04_inference.ipynb #837e859d
 def team_run(replicas: list[Replica], requests: Sequence[Request], sampling: SamplingParams, tick) -> list[tuple]:
     """Deals the requests out in contiguous parts, so that samples of one prompt share its cached prefix."""
     cuts = [round(i * len(requests) / len(replicas)) for i in range(len(replicas) + 1)]
@@ -749,7 +749,7 @@ def team_load_weights(team: ReplicaTeam, named: list[tuple[str, Tensor]]) -> Non
         if fresh:
             os.unlink(team.path)  # every replica has it mapped; without a name it cannot be left behind
 
-# %% ../nbs/04_inference.ipynb #2d8f4ef8
+# %% ../nbs/04_inference.ipynb #230d7d9f
 def vllm_version() -> str | None:
     """The installed vLLM, e.g. "0.26.0" or "0.32.0 for CPU", or None. It is not imported, which would take long."""
     if importlib.util.find_spec("vllm") is None:
@@ -777,7 +777,7 @@ def vllm_args(path: str, *, gpu_memory_utilization: float = 0.85, max_model_len:
     return dict(model=path, gpu_memory_utilization=gpu_memory_utilization, max_model_len=max_model_len, dtype=dtype,
                 seed=seed, enforce_eager=enforce_eager) | others
 
-# %% ../nbs/04_inference.ipynb #079746c1
+# %% ../nbs/04_inference.ipynb #4f4767ce
 class VLLMEngine(Engine):
     """Sampling with vLLM, through its public interfaces only. `model`: a name or path for `model_dir`.
 
@@ -811,7 +811,7 @@ class VLLMEngine(Engine):
         self.closed = True
         self.backend.close()
 
-# %% ../nbs/04_inference.ipynb #5e1bec73
+# %% ../nbs/04_inference.ipynb #14164df3
 def start_backend(replicas: int, devices: Sequence[int] | None, in_process: bool | None,
                   args: dict) -> LocalVLLM | ReplicaTeam:
     """An engine in this process, or a team of processes. ValueError for a choice that cannot be had."""
@@ -825,7 +825,7 @@ def start_backend(replicas: int, devices: Sequence[int] | None, in_process: bool
         raise ValueError(f"devices {list(devices)}: this process sees {len(gpus)} GPUs")
     return ReplicaTeam(replicas, gpus if devices is None else [gpus[d] for d in devices], args)
 
-# %% ../nbs/04_inference.ipynb #a211c396
+# %% ../nbs/04_inference.ipynb #40400325
 def make_engine(model: str | Path | PreTrainedModel, kind: str = "auto", *, tokenizer: Tokenizer | None = None,
                 device: str | None = None, dtype: str | None = None, batch_size: int | None = None,
                 verbose: bool = True, **vllm_options) -> Engine:

@@ -8,7 +8,7 @@ __all__ = ['TRACKS', 'SMOLLM2_SHA256', 'MICRO', 'Track', 'ModelMissing', 'cache_
            'micro_batches', 'pair_tensors', 'pretrain', 'build_micro', 'micro_dir', 'check_model_dir',
            'missing_model_text', 'hub_dir', 'model_dir', 'best_attention', 'load_policy']
 
-# %% ../nbs/02_models.ipynb #739c24e2
+# %% ../nbs/02_models.ipynb #7a1a3258
 import hashlib
 import importlib.util
 import json
@@ -34,7 +34,7 @@ from transformers.utils import is_flash_attn_2_available, logging as hf_logging
 
 from .data import Problem, fill_prompt, load_prompt, micro_problems, teacher_response
 
-# %% ../nbs/02_models.ipynb #354e6382
+# %% ../nbs/02_models.ipynb #5d749966
 @dataclass(frozen=True)
 class Track:
     """One scale of the course: which model on which problems, within which limits. The code is the same for all."""
@@ -46,14 +46,14 @@ class Track:
     max_tokens: int  # new tokens per response in the zero-shot evaluation
     dtype: str  # of the policy's weights
 
-# %% ../nbs/02_models.ipynb #1ac17ffa
+# %% ../nbs/02_models.ipynb #67d023c1
 TRACKS: dict[str, Track] = {t.name: t for t in [
     Track("micro", "micro", "micro", "micro", "micro", 64, "float32"),
     Track("pocket", "smollm2-135m", "gsm_symbolic", "gsm_symbolic", "r1_zero", 1024, "bfloat16"),
     Track("course", "Qwen/Qwen2.5-Math-1.5B", "math", "math", "r1_zero", 1024, "bfloat16"),
 ]}
 
-# %% ../nbs/02_models.ipynb #592f19fb
+# %% ../nbs/02_models.ipynb #8e69485b
 class ModelMissing(FileNotFoundError):
     """A model cannot be found; the message lists every way to get one."""
 
@@ -62,7 +62,7 @@ def cache_dir() -> Path:
     """Where built and converted models are kept: `CS336_CACHE`, else `~/.cache/cs336_alignment`."""
     return Path(os.environ.get("CS336_CACHE") or "~/.cache/cs336_alignment").expanduser()
 
-# %% ../nbs/02_models.ipynb #14e8e23c
+# %% ../nbs/02_models.ipynb #9a63817c
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache, made by `build(folder)` if it is not there yet.
 
@@ -88,7 +88,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
             partial.rename(target)
     return target
 
-# %% ../nbs/02_models.ipynb #5cdfb0d1
+# %% ../nbs/02_models.ipynb #b9b098f5
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -110,7 +110,7 @@ def smollm2_gguf() -> Path:
             "SmolLM2-135M-Instruct.Q4_1.gguf,\nor use the original: HuggingFaceTB/SmolLM2-135M-Instruct")
     return files[0]
 
-# %% ../nbs/02_models.ipynb #c120e6d6
+# %% ../nbs/02_models.ipynb #7809a19b
 def smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in the GGUF file, with the splitting of digits that transformers leaves out."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, model_max_length=8192)
@@ -118,7 +118,7 @@ def smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return tokenizer
 
-# %% ../nbs/02_models.ipynb #d8f4a7c1
+# %% ../nbs/02_models.ipynb #d38d379f
 @contextmanager
 def no_progress_bars():
     """Silences the progress bars of transformers while a model is read from a local file."""
@@ -130,7 +130,7 @@ def no_progress_bars():
         if shown:
             hf_logging.enable_progress_bar()
 
-# %% ../nbs/02_models.ipynb #42c00dbb
+# %% ../nbs/02_models.ipynb #590c23c5
 def convert_smollm2(folder: Path) -> None:
     """Dequantises SmolLM2-135M-Instruct into `folder`: config, bfloat16 safetensors, tokenizer.
 
@@ -150,7 +150,7 @@ def convert_smollm2(folder: Path) -> None:
         plain.load_state_dict(quantised.state_dict())
         plain.save_pretrained(folder)
 
-# %% ../nbs/02_models.ipynb #49e40913
+# %% ../nbs/02_models.ipynb #372e91a4
 def character_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character: newline, printable ASCII, `<pad>`, `<eos>`, and `<unk>` for everything else."""
     characters = ["\n"] + [chr(c) for c in range(32, 127)]
@@ -161,7 +161,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
                                    clean_up_tokenization_spaces=False, model_max_length=256)
 
-# %% ../nbs/02_models.ipynb #1b27b157
+# %% ../nbs/02_models.ipynb #6713386b
 MICRO = dict(seed=0, hidden_size=128, layers=2, heads=4, learning_rate=4e-3, sums=(180, 16), chats=(200, 16))
 
 
@@ -173,7 +173,7 @@ def micro_model(vocab_size: int) -> LlamaForCausalLM:
         max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0)
     return LlamaForCausalLM(config)
 
-# %% ../nbs/02_models.ipynb #45ed57a0
+# %% ../nbs/02_models.ipynb #81db9521
 def micro_batches() -> Iterator[list[tuple[str, str]]]:
     """The pretraining text of the micro model as batches of (given, to be predicted): sums first, then conversations.
 
@@ -194,7 +194,7 @@ def _ending(problem: Problem, rng: random.Random) -> str:
              f" {problem.solution} </think> {problem.ground_truth}"]
     return rng.choices(kinds, weights=[70, 15, 15])[0]
 
-# %% ../nbs/02_models.ipynb #16fbbb3f
+# %% ../nbs/02_models.ipynb #7a557c35
 def pair_tensors(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
     """(given, to be predicted) texts → input ids and labels, both (B, T), padded on the right."""
     given = tokenizer([a for a, _ in pairs]).input_ids
@@ -204,7 +204,7 @@ def pair_tensors(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]
     return (pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
             pad_sequence(marks, batch_first=True, padding_value=-100))
 
-# %% ../nbs/02_models.ipynb #77e53afc
+# %% ../nbs/02_models.ipynb #d2f8886b
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, batches: list[list[tuple[str, str]]],
              learning_rate: float) -> list[float]:
     """One AdamW step on each batch, in order; the rate rises over the first tenth and falls to zero over the last six.
@@ -225,7 +225,7 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, batche
         losses.append(loss.item())
     return losses
 
-# %% ../nbs/02_models.ipynb #e8c05c4e
+# %% ../nbs/02_models.ipynb #b5d305f9
 def build_micro(folder: Path) -> None:
     """Pretrains the micro model on the CPU into `folder`, with its tokenizer and `pretraining.json` (the losses).
 
@@ -247,7 +247,7 @@ def micro_dir() -> Path:
     recipe = json.dumps([MICRO, list(micro_batches())])
     return build_once(f"micro-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}", build_micro)
 
-# %% ../nbs/02_models.ipynb #2feb3c4c
+# %% ../nbs/02_models.ipynb #12c09a62
 def check_model_dir(folder: Path) -> Path:
     """`folder`, if it holds a config, weights and a tokenizer; else ModelMissing says what it lacks."""
     wanted = {"config.json": ["config.json"], "weights": ["*.safetensors", "pytorch_model*.bin"],
@@ -257,7 +257,7 @@ def check_model_dir(folder: Path) -> Path:
         raise ModelMissing(f"{folder} is not a model folder: it lacks {', '.join(lacks)}")
     return folder
 
-# %% ../nbs/02_models.ipynb #f08f3551
+# %% ../nbs/02_models.ipynb #d5dbf3e5
 def missing_model_text(name: str, reason: str) -> str:
     """Every way to name a model, for an error message."""
     return (f"no model {name!r} ({reason}). A model is one of:\n"
@@ -267,7 +267,7 @@ def missing_model_text(name: str, reason: str) -> str:
             "offline, set HF_HOME to a folder that already holds it.\n"
             f"Built models are kept in {cache_dir()} (CS336_CACHE).")
 
-# %% ../nbs/02_models.ipynb #729944b2
+# %% ../nbs/02_models.ipynb #58c16f6e
 def hub_dir(name: str) -> Path:
     """Downloads `owner/name` from the Hugging Face hub, or finds it in the hub's own cache. Raises ModelMissing."""
     try:
@@ -276,7 +276,7 @@ def hub_dir(name: str) -> Path:
         reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
         raise ModelMissing(missing_model_text(name, reason)) from e
 
-# %% ../nbs/02_models.ipynb #aaa071a0
+# %% ../nbs/02_models.ipynb #6570448c
 def model_dir(name: str | Path) -> Path:
     """The local folder of a model (config, safetensors, tokenizer), as transformers and vLLM read it.
 
@@ -293,23 +293,25 @@ def model_dir(name: str | Path) -> Path:
         return hub_dir(str(name))
     raise ModelMissing(missing_model_text(str(name), "no such folder, and not a hub name"))
 
-# %% ../nbs/02_models.ipynb #170d8686
+# %% ../nbs/02_models.ipynb #20c71307
 def best_attention(device: str, dtype: torch.dtype) -> str:
     """FlashAttention-2 where it is installed and can run (CUDA, 16-bit weights), otherwise PyTorch's own attention."""
     flash = torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     return "flash_attention_2" if flash and is_flash_attn_2_available() else "sdpa"
 
-# %% ../nbs/02_models.ipynb #56d983dd
+# %% ../nbs/02_models.ipynb #f5b7b1d5
 def load_policy(name: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None,
                 attn: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, ready to evaluate or train (handout §4.1); prints one line about it.
 
     name: as for `model_dir`. device: default "cuda" if there is one, else "cpu". dtype: "bfloat16", torch.float32, …;
-    default as saved (micro float32, SmolLM2 and Qwen bfloat16). attn: default `best_attention`.
+    default as saved (SmolLM2 and Qwen: bfloat16) on a GPU, float32 on a CPU: few have
+    fast bfloat16. attn: default `best_attention`.
     """
     folder = model_dir(name)
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or AutoConfig.from_pretrained(folder).dtype or torch.float32
+    saved = AutoConfig.from_pretrained(folder).dtype if torch.device(device).type == "cuda" else None
+    dtype = dtype or saved or torch.float32
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # AttributeError names an unknown one
     attn = attn or best_attention(device, dtype)
     with no_progress_bars():
