@@ -6,13 +6,13 @@
 __all__ = ['Tokenizer', 'Prompts', 'Decode', 'Tick', 'Row', 'Layout', 'SamplingParams', 'Completion', 'sample_seed',
            'gumbel_rows', 'SeededSampler', 'find_stop', 'cut_response', 'StopWhenAllEnded', 'Request',
            'tokenize_prompts', 'make_requests', 'Lifecycle', 'Engine', 'named_weights', 'plain_generation',
-           'eos_and_decode', 'pad_left', 'sample_batch', 'sample_in_batches', 'copy_weights', 'free_memory',
-           'TransformersEngine', 'vllm_params', 'completion_row', 'forwarding_bar', 'environment', 'kept_random_state',
-           'LocalVLLM', 'vllm_generate', 'vllm_load_weights', 'repack_output_layer', 'vllm_cleanup', 'plan_layout',
-           'tensor_views', 'map_file', 'make_shared_file', 'ReplicaServer', 'serve_replica', 'kv_cache_bytes',
-           'Replica', 'ask', 'listen', 'ask_all', 'end_replicas', 'visible_gpus', 'place_replicas', 'ReplicaTeam',
-           'team_run', 'team_load_weights', 'vllm_version', 'vllm_problem', 'vllm_args', 'VLLMEngine', 'start_backend',
-           'make_engine']
+           'eos_and_decode', 'pad_left', 'sample_batch', 'sample_in_batches', 'copy_weights', 'check_fit',
+           'free_memory', 'TransformersEngine', 'vllm_params', 'completion_row', 'forwarding_bar', 'environment',
+           'kept_random_state', 'LocalVLLM', 'vllm_generate', 'vllm_load_weights', 'repack_output_layer',
+           'vllm_cleanup', 'plan_layout', 'tensor_views', 'map_file', 'make_shared_file', 'ReplicaServer',
+           'serve_replica', 'kv_cache_bytes', 'Replica', 'ask', 'listen', 'ask_all', 'end_replicas', 'visible_gpus',
+           'place_replicas', 'ReplicaTeam', 'team_run', 'team_load_weights', 'vllm_version', 'vllm_problem',
+           'vllm_args', 'VLLMEngine', 'start_backend', 'make_engine']
 
 # %% ../nbs/04_inference.ipynb #5409f91d
 import contextlib
@@ -47,7 +47,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as plain_tqdm
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel,
+                          PreTrainedTokenizerBase)
 from transformers.generation import (LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList,
                                      TopPLogitsWarper)
 
@@ -346,14 +347,20 @@ def sample_in_batches(requests: Sequence[Request], batch_size: int,
 # %% ../nbs/04_inference.ipynb #ecd85e7f
 @torch.no_grad()
 def copy_weights(named: list[tuple[str, Tensor]], model: nn.Module) -> None:
-    """Copies weights into `model`, cast to its dtype and device. If names or shapes differ: ValueError, no change."""
+    """Copies weights into `model`, cast to its dtype and device. ValueError, and no change, if they do not fit."""
+    check_fit(named, model)
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name, tensor in named:
+        own[name].copy_(tensor)
+
+
+def check_fit(named: list[tuple[str, Tensor]], model: nn.Module) -> None:
+    """Raises ValueError, naming them, if weights are unknown to `model`, of another shape, or missing."""
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     wrong = [name for name, tensor in named if name not in own or own[name].shape != tensor.shape]
     missing = dict(model.named_parameters()).keys() - {name for name, _ in named}
     if wrong or missing:
         raise ValueError(f"weights do not fit: unknown or of another shape {wrong[:3]}, missing {sorted(missing)[:3]}")
-    for name, tensor in named:
-        own[name].copy_(tensor)
 
 
 def free_memory() -> None:
@@ -798,9 +805,12 @@ class VLLMEngine(Engine):
         self.backend = start_backend(replicas, devices, in_process, args)
         self.context = self.backend.context
         self._run, self.wake = self.backend.run, self.backend.wake
+        with torch.device("meta"):  # names and shapes without memory: vLLM notices a misfit too late to undo it
+            self.skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
 
     def load_weights(self, source):
-        self.backend.load_weights(named_weights(source))
+        check_fit(named := named_weights(source), self.skeleton)
+        self.backend.load_weights(named)
 
     def sleep(self):
         if torch.cuda.is_available() and not self.can_sleep:

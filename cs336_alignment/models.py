@@ -6,9 +6,11 @@
 __all__ = ['TRACKS', 'SMOLLM2_SHA256', 'MICRO', 'Track', 'ModelMissing', 'cache_dir', 'build_once', 'smollm2_gguf',
            'smollm2_tokenizer', 'no_progress_bars', 'convert_smollm2', 'character_tokenizer', 'micro_model',
            'micro_batches', 'pair_tensors', 'pretrain', 'build_micro', 'micro_dir', 'check_model_dir',
-           'missing_model_text', 'hub_dir', 'model_dir', 'best_attention', 'load_policy']
+           'trained_policies', 'missing_model_text', 'hub_dir', 'model_dir', 'best_attention', 'load_policy',
+           'save_policy']
 
 # %% ../nbs/02_models.ipynb #7a1a3258
+import copy
 import hashlib
 import importlib.util
 import json
@@ -258,10 +260,17 @@ def check_model_dir(folder: Path) -> Path:
     return folder
 
 # %% ../nbs/02_models.ipynb #d5dbf3e5
+def trained_policies() -> list[str]:
+    """The names of the policies that runs have left in the cache: "<family>_<track>/<variant>_seed<k>"."""
+    home = cache_dir() / "policies"
+    return sorted(str(path.relative_to(home)) for path in home.glob("*/*") if not path.name.startswith("."))
+
+
 def missing_model_text(name: str, reason: str) -> str:
     """Every way to name a model, for an error message."""
     return (f"no model {name!r} ({reason}). A model is one of:\n"
             "  - smollm2-135m or micro, which need no network;\n"
+            f"  - one that a run here has trained: {', '.join(trained_policies()) or 'none so far'};\n"
             "  - a folder with config.json, *.safetensors and the tokenizer's files;\n"
             "  - a hub name such as Qwen/Qwen2.5-Math-1.5B: needs the network once (`hf auth login` if it is gated); "
             "offline, set HF_HOME to a folder that already holds it.\n"
@@ -280,13 +289,16 @@ def hub_dir(name: str) -> Path:
 def model_dir(name: str | Path) -> Path:
     """The local folder of a model (config, safetensors, tokenizer), as transformers and vLLM read it.
 
-    name: "smollm2-135m" (converted once), "micro" (pretrained once), a folder, or a hub name "owner/name".
+    name: "smollm2-135m" (converted once), "micro" (pretrained once), a policy that a run has trained
+    ("<family>_<track>/<variant>_seed<k>", in the cache), a folder, or a hub name "owner/name".
     Raises ModelMissing, and OSError if the cache cannot be written.
     """
     if name == "smollm2-135m":
         return build_once("smollm2-135m", convert_smollm2)
     if name == "micro":
         return micro_dir()
+    if str(name) in trained_policies():
+        return check_model_dir(cache_dir() / "policies" / name)
     if Path(name).expanduser().is_dir():
         return check_model_dir(Path(name).expanduser())
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not str(name).startswith("."):
@@ -321,3 +333,24 @@ def load_policy(name: str | Path, device: str | None = None, dtype: str | torch.
     print(f"{name}: {model.num_parameters() / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')}, "
           f"{device}, {attn}")
     return model, tokenizer
+
+# %% ../nbs/02_models.ipynb #c93a93ee
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Path:
+    """Saves a trained policy in the cache as `name`, "<family>_<track>/<variant>_seed<k>", replacing an older one.
+
+    Weights on a GPU are saved in bfloat16, others as they are. A killed call leaves nothing under `name`, or the older
+    policy. Returns the folder. Raises OSError if the cache cannot be written.
+    """
+    target = cache_dir() / "policies" / name
+    partial, older = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "older"))
+    for rest in (partial, older):
+        shutil.rmtree(rest, ignore_errors=True)
+    kept = copy.deepcopy(model).to(torch.bfloat16) if model.device.type == "cuda" else model
+    with no_progress_bars():
+        kept.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if target.exists():
+        target.rename(older)
+    partial.rename(target)
+    shutil.rmtree(older, ignore_errors=True)
+    return target

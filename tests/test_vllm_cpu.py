@@ -25,8 +25,8 @@ except importlib.metadata.PackageNotFoundError:
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 from cs336_alignment.data import fill_prompt, load_prompt, micro_problems  # noqa: E402
-from cs336_alignment.inference import (SamplingParams, TransformersEngine, VLLMEngine, make_engine,  # noqa: E402
-                                       named_weights)
+from cs336_alignment.inference import (SamplingParams, TransformersEngine, VLLMEngine, ask_all,  # noqa: E402
+                                       make_engine, named_weights)
 from cs336_alignment.models import load_policy  # noqa: E402
 
 PROMPTS = [fill_prompt(load_prompt("micro"), p.question) for p in micro_problems(16, seed=1, split="test")]
@@ -185,8 +185,11 @@ def test_two_replicas_answer_as_one_and_end(groups, policy, tmp_path):
         assert texts(team.generate(PROMPTS, GREEDY, progress=False)) == before
         team.sleep()
         team.wake()
-        with pytest.raises(RuntimeError, match="replica . failed(.|\n)*size"):
+        with pytest.raises(ValueError, match="of another shape"):  # before any replica has seen them
             team.load_weights({name: w[:1] for name, w in named_weights(model)})
+        with pytest.raises(RuntimeError, match="replica . failed(.|\n)*AttributeError"):
+            ask_all(team.backend.replicas, "nonsense", [(), ()])  # a call that raises in the replicas ends neither
+        assert texts(team.generate(PROMPTS, GREEDY, progress=False)) == before
         os.kill(pids[1], 9)
         with pytest.raises(RuntimeError, match="engine replica 1 ended with code -9"):
             team.generate(PROMPTS, GREEDY, progress=False)
