@@ -1,0 +1,142 @@
+"""What notebooks 08 and 09 cannot show: their runs killed at any moment, and bad input given to the commands.
+
+The runs are the library's own, small, on the micro track; they live in forked children, so that the imports are paid for once."""
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from cs336_alignment import log, sft_helper
+from cs336_alignment.data import DataError, write_text
+from cs336_alignment.log import find_checkpoint, read_metrics, run_folder
+from cs336_alignment.sft_math_reasoning import sft, sft_config
+from cs336_alignment.sft_math_reasoning_ei import ei_config, expert_iteration
+
+SFT = sft_config("micro", 32, pool=64, batch_size=4, min_steps=24, evaluations=8, n_eval=8, max_tokens=24)
+EI = ei_config("micro", pool=64, questions=16, group_size=4, batch_size=4, n_eval=8, n_ei_steps=8, max_tokens=40)
+NOT_THE_SAME = ("wall_s", "seconds", "tokens_per_s", "s_rollout", "s_reward", "s_update")  # what a clock says
+torch.set_num_threads(1)  # a process with one thread can be forked
+
+
+@pytest.fixture(autouse=True)
+def quiet_environment(monkeypatch):
+    monkeypatch.setattr(log, "environment", lambda: {"gpu": None})
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+def run(work, config, root):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return work(config, root=root, keep=False, progress=False)
+
+
+def in_child(work, config, root):
+    """Starts the run in a child process; returns its id."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            run(work, config, root)
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def without_clock(record):
+    return {k: v for k, v in record.items() if not k.endswith(NOT_THE_SAME)}
+
+
+def record(config, root):
+    """All that a run leaves and that must not depend on interruptions."""
+    folder = run_folder(config, root)
+    lines = {name: [without_clock(json.loads(line)) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+             for name in log.LOGS}
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))  # as written: NaN equals itself there
+    return lines | {"summary": without_clock(summary) | {"final": without_clock(summary["final"])}}
+
+
+@pytest.mark.parametrize("work, config", [(sft, SFT), (expert_iteration, EI)], ids=["sft", "ei"])
+def test_ten_random_kills_leave_the_same_run(tmp_path, work, config):
+    begin, rng = time.monotonic(), random.Random()
+    assert os.waitpid(in_child(work, config, tmp_path / "whole"), 0)[1] == 0
+    duration, restarts = time.monotonic() - begin, []
+    while len(restarts) < 10:
+        pid = in_child(work, config, tmp_path / "killed")
+        time.sleep(rng.uniform(0, 0.35) * duration)
+        os.kill(pid, signal.SIGKILL)
+        if os.waitpid(pid, 0)[1] == 0:  # it was faster than we: begin once more
+            shutil.rmtree(tmp_path / "killed")
+            restarts = []
+        else:
+            checkpoint = find_checkpoint(run_folder(config, tmp_path / "killed"))
+            restarts.append(int(checkpoint.name[5:]) if checkpoint else 0)
+    run(work, config, tmp_path / "killed")
+    print("kills left checkpoints of steps", restarts)
+    assert record(config, tmp_path / "killed") == record(config, tmp_path / "whole")
+
+
+def test_a_gradient_that_is_not_finite_stops_a_run_that_can_go_on(tmp_path, monkeypatch):
+    """The weights stay those of the last good step, and the run is finished once the cause is gone."""
+    original, calls = sft_helper.accumulate_gradients, []
+
+    def poisoned(model, *args):
+        metrics = original(model, *args)
+        calls.append(1)
+        if len(calls) == 8:
+            next(model.parameters()).grad.fill_(float("nan"))
+        return metrics
+
+    run(sft, SFT, tmp_path / "whole")
+    monkeypatch.setattr(sft_helper, "accumulate_gradients", poisoned)
+    with pytest.raises(FloatingPointError, match="no step was made"):
+        run(sft, SFT, tmp_path / "stopped")
+    assert find_checkpoint(run_folder(SFT, tmp_path / "stopped")).name == "step_00000006"
+    monkeypatch.undo()
+    monkeypatch.setattr(log, "environment", lambda: {"gpu": None})
+    run(sft, SFT, tmp_path / "stopped")
+    assert record(SFT, tmp_path / "stopped") == record(SFT, tmp_path / "whole")
+
+
+def trace(response, prompt="User: 1+1=?\nAssistant: <think>"):
+    return json.dumps({"prompt": prompt, "response": response}) + "\n"
+
+
+GOOD = trace(" 1+1=2 </think> <answer> 2 </answer>")
+
+
+@pytest.mark.parametrize("text, message", [
+    (GOOD + trace(""), r"traces.jsonl:2: the trace has no"),
+    (GOOD + trace(" 1+1=2 <answer> 2 </answer>"), r"traces.jsonl:2: the trace has no"),
+    (GOOD + "{broken\n", r"traces.jsonl:2: not valid JSON"),
+    (GOOD + json.dumps({"prompt": "a"}) + "\n", r"traces.jsonl:2: no text in field 'response'"),
+    ("", r"traces.jsonl: the file is empty"),
+])
+def test_bad_traces_are_named_and_leave_no_folder(tmp_path, text, message):
+    path = tmp_path / "traces.jsonl"
+    write_text(path, text)
+    with pytest.raises(DataError, match=message):
+        run(sft, sft_config("micro", traces=str(path)), tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_prompt_longer_than_the_context(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    write_text(path, GOOD + trace(" 2 </think> <answer> 2 </answer>", "1+" * 200))
+    with pytest.raises(ValueError, match="400 prompt .* do not fit the model's context of 256: drop or shorten it"):
+        run(sft, sft_config("micro", traces=str(path)), tmp_path)
+
+
+def test_no_correct_rollout_in_any_step(tmp_path, capsys):
+    """The run ends, says so at each step, and its policy is the one it began with."""
+    never = EI | {"max_tokens": 4, "n_ei_steps": 2}
+    summary = expert_iteration(never, root=tmp_path, keep=False, progress=False)
+    assert capsys.readouterr().out.count("none of 64 responses is right") == 2
+    assert summary["steps"] == 2
+    assert [m["train/updates"] for m in read_metrics(run_folder(never, tmp_path)) if "train/updates" in m] == [0, 0]
