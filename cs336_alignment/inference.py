@@ -782,6 +782,8 @@ def vllm_args(path: str, *, gpu_memory_utilization: float = 0.85, max_model_len:
     `seed` is for samples without a seed of their own; a random one by default."""
     seed = secrets.randbits(31) if seed is None else seed
     dtype = str(dtype or AutoConfig.from_pretrained(path).dtype or "bfloat16").removeprefix("torch.")
+    if not torch.cuda.is_available():  # vLLM 0.32 rewinds a seeded generator after half a prompt; CPU generators cannot
+        others = dict(enable_chunked_prefill=False) | others
     return dict(model=path, gpu_memory_utilization=gpu_memory_utilization, max_model_len=max_model_len, dtype=dtype,
                 seed=seed, enforce_eager=enforce_eager) | others
 

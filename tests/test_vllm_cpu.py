@@ -166,6 +166,15 @@ def _requests(engine):
     return make_requests(PROMPTS, SAMPLING, engine.tokenizer, engine.context), SAMPLING
 
 
+def test_more_seeded_prompts_than_one_batch_of_prefill(engine):
+    """vLLM cuts the prompt at the budget's edge in two, and then cannot rewind a CPU generator."""
+    prompts = PROMPTS * 10
+    budget = engine.backend.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    groups = engine.generate(prompts, replace(SAMPLING, n=4, max_tokens=8), progress=False)
+    assert sum(len(c.prompt_token_ids) for c in flat(groups)) > 2 * budget
+    assert len(flat(groups)) == 4 * len(prompts)
+
+
 def test_two_replicas_answer_as_one_and_end(groups, policy, tmp_path):
     model, _ = policy
     shared = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
