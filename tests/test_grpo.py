@@ -1,0 +1,390 @@
+"""What notebook 12 cannot show: GRPO runs that are killed, interrupted, or lose their engine, grader or numbers.
+
+Runs that are killed happen in child processes made by fork, so that the imports are paid for once. The policy is a
+tiny Llama with the micro model's tokenizer; its reward is one that it can get by chance (a digit in the answer), so
+that there is something to learn."""
+import contextlib, io, json, math, os, random, shutil, signal, time
+from dataclasses import asdict, replace
+from functools import partial
+
+import pytest, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cs336_alignment import drgrpo_grader, grpo, log, models
+from cs336_alignment.grpo import GRPOConfig, RunStopped, grpo_config, train
+from cs336_alignment.grpo_helper import grpo_microbatch_train_step
+from cs336_alignment.inference import Completion, TransformersEngine
+from cs336_alignment.log import read_metrics, run_folder
+from cs336_alignment.sft_helper import accumulate_gradients, get_response_log_probs
+
+torch.set_num_threads(1)  # a process with one thread can be forked
+CONFIG = grpo_config("micro", model="tiny", n_grpo_steps=12, rollout_batch_size=16, train_batch_size=16, group_size=4,
+                     max_tokens=8, n_eval=8, eval_every=4, checkpoint_every=3, learning_rate=1e-2)
+OFF_POLICY = replace(CONFIG, variant="off", loss_type="grpo_clip", epochs_per_rollout_batch=2, train_batch_size=8,
+                     kl_coef=0.01, tis_cap=2.0)
+
+
+def tiny_policy(*args, **kwargs):
+    """In place of `load_policy`: random weights, the same each time, and the character tokenizer."""
+    tokenizer = models.character_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0))
+    return model.eval(), tokenizer
+
+
+def digits_reward(response, ground_truth):
+    """1 for an answer with a digit."""
+    right = float(any(c.isdigit() for c in response))
+    return {"format_reward": 1.0, "answer_reward": right, "reward": right}
+
+
+@pytest.fixture(autouse=True)
+def small_world(monkeypatch):
+    """Policies are tiny, rewards easy; nothing is written outside the run's folder."""
+    monkeypatch.setattr(log, "environment", lambda: {"gpu": None})
+    monkeypatch.setattr(grpo, "load_policy", tiny_policy)
+    monkeypatch.setattr(grpo, "reward_fn", lambda config: digits_reward)
+    monkeypatch.setattr(grpo, "save_policy", lambda *args: None)
+    monkeypatch.setattr(grpo, "vllm_problem", lambda: "not here.")
+    monkeypatch.setattr(grpo, "load_problems", lambda name, split, n=50: grpo_problems(split)[:n])
+
+
+def grpo_problems(split, cache={}):
+    if split not in cache:
+        cache[split] = models.micro_problems(50, 0, split)
+    return cache[split]
+
+
+def quiet_train(root, config=CONFIG, **kwargs):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        summary = train(config, root=root, mirror=False, progress=False, **kwargs)
+    return summary, out.getvalue()
+
+
+def in_child(work):
+    """Start `work()` in a child process; returns its id. Its errors show in the exit status."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def ended_by(pid):
+    """Wait for a child; the signal that killed it, or minus its exit status."""
+    _, status = os.waitpid(pid, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
+
+
+def is_time(name):
+    return name in ("wall_s", "train/tokens_per_s") or name.startswith("train/s_")
+
+
+def record(root, config=CONFIG):
+    """All that a run leaves and that must not depend on interruptions: the logs without the clock, and the summary."""
+    folder = run_folder(asdict(config), root)
+    logs = {name: [{k: v for k, v in json.loads(line).items() if not is_time(k)}
+                   for line in (folder / name).read_text(encoding="utf-8").splitlines()] for name in log.LOGS}
+    summary = json.loads((folder / "summary.json").read_text())  # as written: NaN is a string, and equal to itself
+    return logs | {"summary": {k: v for k, v in summary.items() if k != "wall_s"}}
+
+
+def metrics_of(root, config=CONFIG):
+    return read_metrics(run_folder(asdict(config), root))
+
+
+# --- kills
+
+def test_ten_random_kills_draw_the_same_curve(tmp_path):
+    """Off-policy updates, a KL term and importance weights, so that everything a run holds takes part."""
+    config, rng, restarts = replace(OFF_POLICY, n_grpo_steps=20, checkpoint_every=2), random.Random(), []
+    begin = time.monotonic()
+    assert ended_by(in_child(lambda: quiet_train(tmp_path / "whole", config))) == 0
+    duration = time.monotonic() - begin
+    while len(restarts) < 10:
+        pid = in_child(lambda: quiet_train(tmp_path / "killed", config))
+        time.sleep(rng.uniform(0, 0.25) * duration)
+        os.kill(pid, signal.SIGKILL)
+        if ended_by(pid) != signal.SIGKILL:  # it was faster than we: begin once more
+            shutil.rmtree(tmp_path / "killed")
+            restarts = []
+        else:
+            checkpoint = log.find_checkpoint(run_folder(asdict(config), tmp_path / "killed"))
+            restarts.append(int(checkpoint.name[5:]) if checkpoint else 0)
+    assert ended_by(in_child(lambda: quiet_train(tmp_path / "killed", config))) == 0
+    print(f"a run takes {duration:.1f} s; kills left checkpoints of steps", restarts)
+    assert record(tmp_path / "killed", config) == record(tmp_path / "whole", config)
+    whole = metrics_of(tmp_path / "whole", config)
+    assert [line["step"] for line in whole] == list(range(config.n_grpo_steps + 1))
+    assert whole[-1]["train/reward_mean"] > whole[1]["train/reward_mean"]  # it learns, so the curve is no constant
+
+
+# --- stopped by hand
+
+class CallsAt(TransformersEngine):
+    """An engine over a policy of its own that calls `act()` in its k-th `generate`."""
+
+    def __init__(self, k, act):
+        super().__init__(*tiny_policy(), batch_size=64)
+        self.left, self.act = k, act
+
+    def generate(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+        return super().generate(*args, **kwargs)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    engine = CallsAt(6, lambda: os.kill(os.getpid(), signal.SIGINT))  # evaluation at 0, steps 1 … 4, evaluation at 4
+    summary, said = quiet_train(tmp_path / "stopped", engine=engine)
+    assert summary is None and "stopped by hand, safe after step 4" in said
+    assert metrics_of(tmp_path / "stopped")[-1]["step"] == 4 and signal.getsignal(signal.SIGINT) is before
+    assert log.find_checkpoint(run_folder(asdict(CONFIG), tmp_path / "stopped")).name == "step_00000004"
+    assert not engine.closed  # it is the caller's
+    quiet_train(tmp_path / "stopped", engine=TransformersEngine(*tiny_policy()))  # which must be given the weights
+    quiet_train(tmp_path / "whole")
+    stopped, whole = record(tmp_path / "stopped"), record(tmp_path / "whole")
+    assert without_rounding(stopped) == without_rounding(whole)
+
+
+def without_rounding(records):
+    """Two engines may sum in another order; rewards and lengths must still be the same."""
+    keys = ("step", "train/reward_mean", "train/mean_tokens", "eval/answer_accuracy", "eval/mean_tokens")
+    return [{k: line[k] for k in keys if k in line} for line in records["metrics.jsonl"]]
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        quiet_train(tmp_path, engine=CallsAt(6, twice))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert log.find_checkpoint(run_folder(asdict(CONFIG), tmp_path)).name == "step_00000003"
+
+
+def test_the_loops_own_engine_is_closed_on_every_way_out(tmp_path, monkeypatch):
+    made = []
+
+    def make(model, tokenizer, **options):
+        made.append(CallsAt(4, fail))
+        return made[-1]
+
+    def fail():
+        raise RuntimeError("engine replica 1 ended with code -9")
+
+    monkeypatch.setattr(grpo, "make_engine", make)
+    with pytest.raises(RunStopped, match="replica 1"):
+        quiet_train(tmp_path)
+    assert made[0].closed
+
+
+# --- what goes wrong in a step
+
+def test_an_engine_that_dies_leaves_the_run_saved(tmp_path):
+    def die():
+        raise RuntimeError("engine replica 0 ended with code -9; its log ends:\n…")
+
+    with pytest.raises(RunStopped, match=r"step 5 failed: engine replica 0 ended(.|\n)*safe after step 4"):
+        quiet_train(tmp_path / "died", engine=CallsAt(7, die))  # evaluations at 0 and 4, steps 1 … 5
+    quiet_train(tmp_path / "died")
+    quiet_train(tmp_path / "whole")
+    assert without_rounding(record(tmp_path / "died")) == without_rounding(record(tmp_path / "whole"))
+
+
+def test_an_engine_that_dies_before_the_first_step(tmp_path):
+    def die():
+        raise RuntimeError("engine replica 0 ended with code -9")
+
+    with pytest.raises(RunStopped, match="step 0 failed: engine replica 0(.|\n)*safe after step 0"):
+        quiet_train(tmp_path, engine=CallsAt(1, die))
+
+
+@pytest.mark.parametrize("config", [CONFIG, OFF_POLICY], ids=["first update", "in the middle of a step"])
+def test_a_loss_that_is_nan_stops_saved(tmp_path, monkeypatch, config):
+    """The loss is NaN at step 6; the weights that are saved are finite, and those of a whole number of steps."""
+    real, calls = grpo.grpo_loss, [0]
+    per_step = config.epochs_per_rollout_batch * config.rollout_batch_size // config.train_batch_size
+    fatal = 5 * per_step + (3 if per_step > 1 else 1)  # in step 6: its first and only update, or its third of four
+
+    def poisoned(cfg, log_probs, *args):
+        losses, logged = real(cfg, log_probs, *args)
+        calls[0] += 1
+        return losses * (float("nan") if calls[0] >= fatal else 1.0), logged
+
+    monkeypatch.setattr(grpo, "grpo_loss", poisoned)
+    safe = 5 if per_step == 1 else 3  # in the middle of a step the weights have moved: the older checkpoint counts
+    with pytest.raises(RunStopped, match=rf"step 6 failed: gradient norm is nan(.|\n)*safe after step {safe}"):
+        quiet_train(tmp_path, config)
+    folder = run_folder(asdict(config), tmp_path)
+    state = torch.load(log.find_checkpoint(folder) / "state.pt", weights_only=True)
+    assert all(x.isfinite().all() for x in state["parts"]["model"].values())
+    monkeypatch.setattr(grpo, "grpo_loss", real)
+    assert quiet_train(tmp_path, config)[0]["steps"] == config.n_grpo_steps
+
+
+def test_batches_that_are_all_wrong_change_nothing_and_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "reward_fn", lambda config: lambda r, t: dict.fromkeys(
+        ("format_reward", "answer_reward", "reward"), 0.0))
+    engine = TransformersEngine(*tiny_policy())
+    summary, _ = quiet_train(tmp_path, engine=engine)
+    lines = metrics_of(tmp_path)
+    assert summary["steps"] == 12 and len(lines) == 13
+    for line in lines[1:]:
+        assert line["train/share_equal_groups"] == 1 and line["train/share_trained"] == 0
+        assert line["train/skipped_updates"] == 1 and line["train/updates"] == 0 and "train/loss" not in line
+    assert all(torch.equal(a, b) for a, b in zip(engine.model.parameters(), tiny_policy()[0].parameters()))
+
+
+def test_a_grader_worker_that_dies_does_not_stop_the_run(tmp_path, monkeypatch):
+    """Answers that only a worker process can grade; all workers are killed after the first step."""
+    truth, text, killed = "\\frac{\\sqrt{8}}{2}", "</think> <answer> \\frac{2\\sqrt{2}}{2} + 0*\\sin(1) </answer>", []
+    monkeypatch.setattr(grpo, "reward_fn", lambda config: grpo.r1_zero_reward_fn)
+    real, calls = grpo.grade_batch, []
+
+    def grade(reward_fn, responses, truths):
+        calls.append(real(reward_fn, [text] * len(responses), [truth + " + 0" * len(calls)] * len(truths)))
+        if not killed:
+            killed.extend(workers())
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+        return calls[-1]
+
+    monkeypatch.setattr(grpo, "grade_batch", grade)
+    summary, _ = quiet_train(tmp_path, replace(CONFIG, n_grpo_steps=2, eval_every=2))
+    assert killed, "no worker was at work: choose an answer that needs one"
+    assert summary["steps"] == 2 and len(metrics_of(tmp_path)) == 3
+    assert calls[0] == calls[1] and calls[0][0]["format_reward"] == 1
+    drgrpo_grader.close_workers()
+
+
+def workers():
+    """Process ids of this process's grading workers."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{entry}/stat") as file:
+                    if int(file.read().rsplit(")", 1)[1].split()[1]) == os.getpid():
+                        found.append(int(entry))
+    return found
+
+
+def test_overlap_needs_an_engine_of_its_own(tmp_path):
+    ahead = replace(CONFIG, variant="ahead", overlap=True)
+    with pytest.raises(ValueError, match="overlap needs an engine with weights of its own"):
+        quiet_train(tmp_path, ahead)
+    summary, _ = quiet_train(tmp_path, ahead, engine=TransformersEngine(*tiny_policy()))
+    lines = metrics_of(tmp_path, ahead)
+    assert summary["steps"] == 12 and lines[-1]["train/reward_mean"] > lines[1]["train/reward_mean"]
+
+
+# --- the loss
+
+def eight(**changes):
+    """A configuration for one batch of eight answers in two groups."""
+    return GRPOConfig(rollout_batch_size=8, train_batch_size=8, group_size=4, gradient_accumulation_steps=1, **changes)
+
+
+def random_rollouts(n=8, seed=0):
+    """Completions of random tokens and lengths; a mixed group of four, and one that is all right."""
+    rng = random.Random(seed)
+    tokens = lambda k: [rng.randrange(3, 90) for _ in range(k)]
+    completions = [Completion("", tokens(rng.randint(1, 9)), None, "stop", tokens(rng.randint(2, 6))) for _ in range(n)]
+    return completions, torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("constant", [None, 9.0], ids=["masked_mean", "masked_normalize"])
+@pytest.mark.parametrize("loss_type", ["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"])
+def test_the_same_gradient_as_the_handouts_loop(loss_type, constant):
+    """Packed, in slices, without the answers that have no gradient; against padded rows and the handout's functions."""
+    policy, _ = tiny_policy()
+    completions, rewards = random_rollouts()
+    config = eight(loss_type=loss_type, max_tokens=9,
+                   length_normalization="masked_mean" if constant is None else "masked_normalize")
+    advantages, _ = grpo.compute_advantages(config, rewards)
+    examples = {i: e for i, e in enumerate(grpo.make_examples(completions, advantages))
+                if grpo.has_gradient(config, completions[i], e.side["advantage"])}
+    draw = torch.Generator().manual_seed(0)
+    old = [torch.randn(len(c.token_ids), generator=draw) * 0.3 - 4.5 for c in completions]
+    with_old = {i: replace(e, side=e.side | {"old": old[i]}) for i, e in examples.items()}
+    lengths = [len(c.token_ids) for c in completions]
+    batch = grpo.weighted(config, with_old, lengths, list(range(8)))
+    for budget in ({}, {"max_tokens": 15, "max_logits": 100}):
+        ours = accumulate_gradients(policy, batch, partial(grpo.grpo_loss, config), **budget)["loss"]
+        gradient = [p.grad.clone() for p in policy.parameters()]
+        policy.zero_grad()
+        loss = literal_gradient(policy, completions, rewards, advantages, old, loss_type, constant)
+        assert math.isclose(ours, loss, abs_tol=1e-5)
+        for a, b in zip(gradient, [p.grad for p in policy.parameters()]):
+            assert torch.allclose(a, b, atol=1e-6), (loss_type, budget)
+        policy.zero_grad()
+
+
+def literal_gradient(policy, completions, rewards, advantages, old, loss_type, constant):
+    """The handout's loop: padded micro-batches of two with logits everywhere."""
+    width, total = max(len(c.prompt_token_ids) + len(c.token_ids) for c in completions), 0.0
+    for rows in ([0, 1], [2, 3], [4, 5], [6, 7]):
+        ids, mask, olds = torch.zeros(2, width, dtype=torch.long), torch.zeros(2, width), torch.zeros(2, width)
+        for k, i in enumerate(rows):
+            c = completions[i]
+            both, start = [*c.prompt_token_ids, *c.token_ids], len(c.prompt_token_ids)
+            ids[k, :len(both)] = torch.tensor(both)
+            mask[k, start:len(both)], olds[k, start:len(both)] = 1, old[i]
+        lp = get_response_log_probs(policy, ids[:, :-1], ids[:, 1:])["log_probs"]
+        loss, _ = grpo_microbatch_train_step(lp, mask[:, 1:].bool(), 4, loss_type, rewards[rows, None],
+                                             advantages[rows, None], olds[:, 1:], 0.2, constant)
+        total += loss.item()
+    return total
+
+
+def test_ratio_is_one_on_the_first_update_and_equal_groups_add_nothing():
+    policy, _ = tiny_policy()
+    completions, rewards = random_rollouts()
+    config = eight(loss_type="grpo_clip")
+    advantages, _ = grpo.compute_advantages(config, rewards)
+    every = dict(enumerate(grpo.make_examples(completions, advantages)))
+    every, _ = grpo.add_log_probs(config, every, completions, policy, pass_tokens=40)
+    lengths = [len(c.token_ids) for c in completions]
+    batch, loss = grpo.weighted(config, every, lengths, list(range(8))), partial(grpo.grpo_loss, config)
+    metrics = accumulate_gradients(policy, batch, loss)
+    assert abs(metrics["ratio"] - 1) < 1e-5 and metrics["clipped"] == 0
+    policy.zero_grad()
+    equal = grpo.weighted(config, every, lengths, [4, 5, 6, 7])  # all right
+    accumulate_gradients(policy, equal, partial(grpo.grpo_loss, config))
+    assert all((p.grad == 0).all() for p in policy.parameters())
+
+
+# --- the run's record
+
+def test_what_is_logged(tmp_path):
+    quiet_train(tmp_path, OFF_POLICY)
+    lines = metrics_of(tmp_path, OFF_POLICY)
+    wanted = {"loss", "grad_norm", "token_entropy", "clip_fraction", "reward_mean", "format_rate", "answer_accuracy",
+              "mean_tokens", "truncated", "share_equal_groups", "share_trained", "engine_gap", "kl", "samples",
+              "tokens_per_s", "updates", "s_rollout", "s_reward", "s_old", "s_update", "s_sync", "s_eval", "s_log"}
+    assert wanted <= {k.removeprefix("train/") for k in lines[4]}
+    assert lines[4]["train/updates"] == 4 and lines[4]["train/engine_gap"] < 1e-4 and lines[4]["train/samples"] == 64
+    assert [line["step"] for line in lines if "eval/answer_accuracy" in line] == [0, 4, 8, 12]
+    rollouts = log.read_jsonl(run_folder(asdict(OFF_POLICY), tmp_path) / "rollouts.jsonl")
+    assert [r["step"] for r in rollouts] == [0] * 4 + [4] * 4 + [8] * 4 + [12] * 4
+    assert len({r["prompt"] for r in rollouts}) == 4  # the same questions each time
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    short = replace(CONFIG, n_grpo_steps=2)
+    first, _ = quiet_train(tmp_path, short)
+    assert quiet_train(tmp_path, short, engine=CallsAt(1, lambda: pytest.fail("it sampled")))[0] == first
+    with pytest.raises(log.RunConflict, match="learning_rate"):
+        quiet_train(tmp_path, replace(short, learning_rate=1.0))
