@@ -6,7 +6,7 @@
 __all__ = ['NUMBER', 'RATES', 'REWARD_FNS', 'app', 'Track', 'Data', 'N', 'Prompt', 'Model', 'Kind', 'MaxTokens', 'Force',
            'wilson', 'last_number_matches', 'summarise', 'make_records', 'finished_records', 'evaluate_vllm',
            'generate_chunk', 'append_lines', 'environment', 'claim', 'zero_shot_config', 'zero_shot',
-           'write_run_folder', 'sweep', 'print_metrics', 'sizes', 'stop', 'prepare', 'main', 'grid', 'results_table']
+           'write_run_folder', 'sweep', 'print_metrics', 'sizes', 'stop', 'prepare', 'main', 'grid', 'zero_shot_table']
 
 # %% ../nbs/05_zero_shot.ipynb #23657f23
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -311,7 +311,7 @@ def grid(track: Track = "pocket", data: list[str] = ["gsm8k", "gsm_symbolic"], n
         sweep(e, configs, out, force)
 
 # %% ../nbs/05_zero_shot.ipynb #5e62143a
-def results_table(root: str | Path):
+def zero_shot_table(root: str | Path):
     """pandas table of the run folders under `root`: one row per variant, rates in % over all its seeds.
 
     `accuracy` is mean ± 1.96·σ/√(seeds) (σ over seeds, sample standard deviation), `one run` the mean half-width of a

@@ -8,14 +8,13 @@ __all__ = ['PRESETS', 'NAMED', 'LOGGED', 'app', 'Option', 'HandoutSettings', 'GR
            'make_examples', 'token_weights', 'sequence_log_probs', 'grpo_loss', 'has_gradient', 'train_batches',
            'weighted', 'needs_old', 'engine_gap', 'add_log_probs', 'updates', 'update_metrics', 'State', 'timed',
            'evaluate', 'reward_fn', 'next_rollouts', 'push_weights', 'grpo_step', 'train_on', 'finish_line',
-           'stop_on_interrupt', 'RunStopped', 'stops_saved', 'use_engine', 'start', 'log_step', 'run_steps',
-           'policy_name', 'train', 'parse_settings', 'command_config', 'main']
+           'stop_on_interrupt', 'RunStopped', 'stops_saved', 'use_engine', 'start', 'log_step', 'run_steps', 'train',
+           'command_config', 'main']
 
 # %% ../nbs/12_grpo.ipynb #2b39a7fe
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
 # %% ../nbs/12_grpo.ipynb #54d6f3d9
-import json
 import math
 import signal
 import threading
@@ -46,6 +45,7 @@ from .log import (Run, batch_indices, finish_run, log_generations, log_metrics, 
                                  restore_checkpoint, save_checkpoint, say, seed_everything, training_steps)
 from .models import load_policy, save_policy
 from .sft_helper import Example, compile_policy, make_optimizer, packed_log_probs, train_step
+from .sft_math_reasoning import parse_changes, policy_name
 
 # %% ../nbs/12_grpo.ipynb #2a211ce2
 @dataclass(frozen=True)
@@ -531,10 +531,6 @@ def run_steps(s: State, stop_asked: threading.Event, progress: bool | None) -> b
     return True
 
 
-def policy_name(config: GRPOConfig) -> str:
-    """What the trained policy is called in the cache."""
-    return f"{config.family}_{config.track}/{config.variant}_seed{config.seed}"
-
 # %% ../nbs/12_grpo.ipynb #441e7ba2
 def train(config: GRPOConfig, engine: Engine | None = None, root: Path | str | None = None, force: bool = False,
           progress: bool | None = None, mirror: bool = True, keep_policy: bool = True, pass_tokens: int = 16_384,
@@ -557,23 +553,9 @@ def train(config: GRPOConfig, engine: Engine | None = None, root: Path | str | N
             if not run_steps(s, stop_asked, progress):
                 return None
         if keep_policy:
-            save_policy(policy, tokenizer, policy_name(config))
-        kept = policy_name(config) if keep_policy else None
+            save_policy(policy, tokenizer, policy_name(asdict(config)))
+        kept = policy_name(asdict(config)) if keep_policy else None
         return finish_run(run, policy=kept, engine=type(engine).__name__, **engine_options)
-
-# %% ../nbs/12_grpo.ipynb #13a34a3e
-def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """{"name": value} from "name=value" strings; values as in JSON, or plain strings. ValueError without an "="."""
-    parsed = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set {setting}: write name=value")
-        try:
-            parsed[name] = json.loads(value.replace("True", "true").replace("False", "false").replace("None", "null"))
-        except json.JSONDecodeError:
-            parsed[name] = value
-    return parsed
 
 # %% ../nbs/12_grpo.ipynb #29d97929
 def command_config(track: str, given: dict[str, Any], data: str | None, named: str | None,
@@ -584,7 +566,7 @@ def command_config(track: str, given: dict[str, Any], data: str | None, named: s
     changes = {"variant": named, **NAMED[named]} if named else {}
     changes |= {"train_data": data, "eval_data": data} if data else {}
     changes |= {name: value for name, value in given.items() if value is not None}
-    return grpo_config(track, **(changes | parse_settings(settings)))
+    return grpo_config(track, **(changes | parse_changes(settings)))
 
 # %% ../nbs/12_grpo.ipynb #f07d34e4
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -259,7 +259,7 @@ def parse_changes(settings: list[str]) -> dict:
         if not equals:
             raise ValueError(f"--set takes name=value, not {setting!r}")
         try:
-            changes[name] = json.loads(value)
+            changes[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
         except json.JSONDecodeError:
             changes[name] = value
     return changes

@@ -142,13 +142,14 @@ def expert_iteration(config: dict, engine=None, root: Path | str | None = None, 
         return finish_run(run)
 
 # %% ../nbs/09_expert_iteration.ipynb #f8e441f0
-VARIATIONS = {"group_size": ("G", (2, 4, 8)), "epochs": ("epochs", (1, 2, 4)), "questions": ("Db", (512, 1024, 2048))}
+VARIATIONS = {"group_size": ("G", (2, 4, 8)), "epochs": ("epochs", (1, 2, 4))}  # |D_b|: the base's, twice and four times it
 
 
 def variation_configs(track: str = "pocket", seed: int = 0, **changes) -> list[dict]:
     """The base configuration, and one for each other value of G, epochs and |D_b| (handout §5)."""
     base = ei_config(track, seed, **changes)
-    others = [base | {"variant": f"{short}{value}", name: value} for name, (short, values) in VARIATIONS.items()
+    sizes = {"questions": ("Db", tuple(k * base["questions"] for k in (1, 2, 4)))}
+    others = [base | {"variant": f"{short}{value}", name: value} for name, (short, values) in (VARIATIONS | sizes).items()
               for value in values if value != base[name]]
     return [base, *others]
 
