@@ -45,20 +45,13 @@ from cs336_alignment.grpo_helper import grpo_microbatch_train_step
 from cs336_alignment.inference import Completion, SamplingParams, make_engine
 from cs336_alignment.models import character_tokenizer
 from cs336_alignment.sft_helper import compile_policy, get_response_log_probs, make_optimizer
+from training_throughput import DEVICE, QWEN_1_5B, synchronize  # the bench beside this one
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-QWEN_1_5B = dict(vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                 num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True)
 TINY = dict(vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True)
 
 
 # --- measuring
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
 
 @contextmanager
 def phase(seconds: dict[str, float], name: str):

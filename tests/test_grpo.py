@@ -3,19 +3,21 @@
 Runs that are killed happen in child processes made by fork, so that the imports are paid for once. The policy is a
 tiny Llama with the micro model's tokenizer; its reward is one that it can get by chance (a digit in the answer), so
 that there is something to learn."""
-import contextlib, io, json, math, os, random, shutil, signal, time
+import contextlib, io, math, os, random, signal, time
 from dataclasses import asdict, replace
 from functools import partial
 
 import pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import kills
 from cs336_alignment import drgrpo_grader, grpo, log, models
 from cs336_alignment.grpo import GRPOConfig, RunStopped, grpo_config, train
 from cs336_alignment.grpo_helper import grpo_microbatch_train_step
 from cs336_alignment.inference import Completion, TransformersEngine
 from cs336_alignment.log import read_metrics, run_folder
 from cs336_alignment.sft_helper import accumulate_gradients, get_response_log_probs
+from kills import ended_by, in_child, kill_ten_times
 
 torch.set_num_threads(1)  # a process with one thread can be forked
 CONFIG = grpo_config("micro", model="tiny", n_grpo_steps=12, rollout_batch_size=16, train_batch_size=16, group_size=4,
@@ -64,36 +66,8 @@ def quiet_train(root, config=CONFIG, **kwargs):
     return summary, out.getvalue()
 
 
-def in_child(work):
-    """Start `work()` in a child process; returns its id. Its errors show in the exit status."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return pid
-
-
-def ended_by(pid):
-    """Wait for a child; the signal that killed it, or minus its exit status."""
-    _, status = os.waitpid(pid, 0)
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
-
-
-def is_time(name):
-    return name in ("wall_s", "train/tokens_per_s") or name.startswith("train/s_")
-
-
 def record(root, config=CONFIG):
-    """All that a run leaves and that must not depend on interruptions: the logs without the clock, and the summary."""
-    folder = run_folder(asdict(config), root)
-    logs = {name: [{k: v for k, v in json.loads(line).items() if not is_time(k)}
-                   for line in (folder / name).read_text(encoding="utf-8").splitlines()] for name in log.LOGS}
-    summary = json.loads((folder / "summary.json").read_text())  # as written: NaN is a string, and equal to itself
-    return logs | {"summary": {k: v for k, v in summary.items() if k != "wall_s"}}
+    return kills.record(run_folder(asdict(config), root))
 
 
 def metrics_of(root, config=CONFIG):
@@ -104,22 +78,10 @@ def metrics_of(root, config=CONFIG):
 
 def test_ten_random_kills_draw_the_same_curve(tmp_path):
     """Off-policy updates, a KL term and importance weights, so that everything a run holds takes part."""
-    config, rng, restarts = replace(OFF_POLICY, n_grpo_steps=20, checkpoint_every=2), random.Random(), []
-    begin = time.monotonic()
+    config, begin = replace(OFF_POLICY, n_grpo_steps=20, checkpoint_every=2), time.monotonic()
     assert ended_by(in_child(lambda: quiet_train(tmp_path / "whole", config))) == 0
-    duration = time.monotonic() - begin
-    while len(restarts) < 10:
-        pid = in_child(lambda: quiet_train(tmp_path / "killed", config))
-        time.sleep(rng.uniform(0, 0.25) * duration)
-        os.kill(pid, signal.SIGKILL)
-        if ended_by(pid) != signal.SIGKILL:  # it was faster than we: begin once more
-            shutil.rmtree(tmp_path / "killed")
-            restarts = []
-        else:
-            checkpoint = log.find_checkpoint(run_folder(asdict(config), tmp_path / "killed"))
-            restarts.append(int(checkpoint.name[5:]) if checkpoint else 0)
-    assert ended_by(in_child(lambda: quiet_train(tmp_path / "killed", config))) == 0
-    print(f"a run takes {duration:.1f} s; kills left checkpoints of steps", restarts)
+    kill_ten_times(lambda: quiet_train(tmp_path / "killed", config), run_folder(asdict(config), tmp_path / "killed"),
+                   0.25 * (time.monotonic() - begin))
     assert record(tmp_path / "killed", config) == record(tmp_path / "whole", config)
     whole = metrics_of(tmp_path / "whole", config)
     assert [line["step"] for line in whole] == list(range(config.n_grpo_steps + 1))

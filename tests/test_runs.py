@@ -3,15 +3,16 @@
 The training loop below uses the library exactly as the experiments do. It runs in child processes made by fork, so that the
 imports are paid for once; they are killed with SIGKILL."""
 import contextlib, errno, io, json, os, random, shutil, signal, subprocess, time
-from pathlib import Path
 
 import numpy as np, pytest, torch
 from torch import nn
 
+import kills
 from cs336_alignment import log
 from cs336_alignment.log import (DiskFull, RunConflict, batch_indices, finish_run, log_metrics, log_rollouts, open_run,
                                  read_metrics, read_summary, restore_checkpoint, run_folder, save_checkpoint,
                                  seed_everything, training_steps)
+from kills import ended_by, in_child, kill_ten_times
 
 CONFIG = {"family": "kill", "track": "toy", "variant": "a", "seed": 3, "n_eval": 64, "temperature": 1.0}
 SIZE, POINTS = 16, 100
@@ -56,32 +57,8 @@ def train(root, steps, every=5, pause=0.0, at_end=lambda parts: None, config=CON
         at_end(parts)
 
 
-def in_child(work):
-    """Start `work()` in a child process; returns its id."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return pid
-
-
-def ended_by(pid):
-    """Wait for a child; the signal that killed it, or minus its exit status."""
-    _, status = os.waitpid(pid, 0)
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
-
-
 def record(root):
-    """All that a run leaves and that must not depend on interruptions: the logs without the clock, and the summary."""
-    folder = run_folder(CONFIG, root)
-    logs = {name: [{k: v for k, v in json.loads(line).items() if k != "wall_s"}
-                   for line in (folder / name).read_text(encoding="utf-8").splitlines()] for name in log.LOGS}
-    summary = {k: v for k, v in read_summary(folder).items() if k != "wall_s"}
-    return logs | {"summary": summary, "files": sorted(p.name for p in folder.iterdir())}
+    return kills.record(run_folder(CONFIG, root))
 
 
 def clock_runs_forward(root):
@@ -90,22 +67,10 @@ def clock_runs_forward(root):
 
 
 def test_ten_random_kills_leave_the_same_run(tmp_path):
-    steps, pause, rng = 100, 0.005, random.Random()
-    begin = time.monotonic()
+    steps, pause, begin = 100, 0.005, time.monotonic()
     assert ended_by(in_child(lambda: train(tmp_path / "whole", steps, pause=pause))) == 0
-    duration, restarts = time.monotonic() - begin, []
-    while len(restarts) < 10:
-        pid = in_child(lambda: train(tmp_path / "killed", steps, pause=pause))
-        time.sleep(rng.uniform(0, 0.3) * duration)
-        os.kill(pid, signal.SIGKILL)
-        if ended_by(pid) == 0:  # it was faster than we: begin once more
-            shutil.rmtree(tmp_path / "killed")
-            restarts = []
-        else:
-            checkpoint = log.find_checkpoint(run_folder(CONFIG, tmp_path / "killed"))
-            restarts.append(int(checkpoint.name[5:]) if checkpoint else 0)
-    assert ended_by(in_child(lambda: train(tmp_path / "killed", steps))) == 0
-    print("kills left checkpoints of steps", restarts)
+    kill_ten_times(lambda: train(tmp_path / "killed", steps, pause=pause), run_folder(CONFIG, tmp_path / "killed"),
+                   0.3 * (time.monotonic() - begin))
     assert record(tmp_path / "killed") == record(tmp_path / "whole")
     assert clock_runs_forward(tmp_path / "killed")
 

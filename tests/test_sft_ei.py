@@ -4,24 +4,21 @@ The runs are the library's own, small, on the micro track; they live in forked c
 import contextlib
 import io
 import json
-import os
-import random
-import shutil
-import signal
 import time
 
 import pytest
 import torch
 
+import kills
 from cs336_alignment import log, sft_helper
 from cs336_alignment.data import DataError, write_text
 from cs336_alignment.log import find_checkpoint, read_metrics, run_folder
 from cs336_alignment.sft_math_reasoning import sft, sft_config
 from cs336_alignment.sft_math_reasoning_ei import ei_config, expert_iteration
+from kills import ended_by, in_child, kill_ten_times
 
 SFT = sft_config("micro", 32, pool=64, batch_size=4, min_steps=24, evaluations=8, n_eval=8, max_tokens=24)
 EI = ei_config("micro", pool=64, questions=16, group_size=4, batch_size=4, n_eval=8, n_ei_steps=8, max_tokens=40)
-NOT_THE_SAME = ("wall_s", "seconds", "tokens_per_s", "s_rollout", "s_reward", "s_update")  # what a clock says
 torch.set_num_threads(1)  # a process with one thread can be forked
 
 
@@ -36,49 +33,16 @@ def run(work, config, root):
         return work(config, root=root, keep=False, progress=False)
 
 
-def in_child(work, config, root):
-    """Starts the run in a child process; returns its id."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            run(work, config, root)
-            status = 0
-        finally:
-            os._exit(status)
-    return pid
-
-
-def without_clock(record):
-    return {k: v for k, v in record.items() if not k.endswith(NOT_THE_SAME)}
-
-
 def record(config, root):
-    """All that a run leaves and that must not depend on interruptions."""
-    folder = run_folder(config, root)
-    lines = {name: [without_clock(json.loads(line)) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-             for name in log.LOGS}
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))  # as written: NaN equals itself there
-    return lines | {"summary": without_clock(summary) | {"final": without_clock(summary["final"])}}
+    return kills.record(run_folder(config, root))
 
 
 @pytest.mark.parametrize("work, config", [(sft, SFT), (expert_iteration, EI)], ids=["sft", "ei"])
 def test_ten_random_kills_leave_the_same_run(tmp_path, work, config):
-    begin, rng = time.monotonic(), random.Random()
-    assert os.waitpid(in_child(work, config, tmp_path / "whole"), 0)[1] == 0
-    duration, restarts = time.monotonic() - begin, []
-    while len(restarts) < 10:
-        pid = in_child(work, config, tmp_path / "killed")
-        time.sleep(rng.uniform(0, 0.35) * duration)
-        os.kill(pid, signal.SIGKILL)
-        if os.waitpid(pid, 0)[1] == 0:  # it was faster than we: begin once more
-            shutil.rmtree(tmp_path / "killed")
-            restarts = []
-        else:
-            checkpoint = find_checkpoint(run_folder(config, tmp_path / "killed"))
-            restarts.append(int(checkpoint.name[5:]) if checkpoint else 0)
-    run(work, config, tmp_path / "killed")
-    print("kills left checkpoints of steps", restarts)
+    begin = time.monotonic()
+    assert ended_by(in_child(lambda: run(work, config, tmp_path / "whole"))) == 0
+    kill_ten_times(lambda: run(work, config, tmp_path / "killed"), run_folder(config, tmp_path / "killed"),
+                   0.35 * (time.monotonic() - begin))
     assert record(config, tmp_path / "killed") == record(config, tmp_path / "whole")
 
 
