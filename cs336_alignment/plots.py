@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['X_LABELS', 'SHARED', 'FULL_COLOUR', 'OUTCOMES', 'load_run', 'run_folders', 'load_runs', 'interval', 'coverage',
-           'band', 'describe', 'plot_curves', 'results_table', 'markdown_table', 'outcome', 'colour_tokens',
-           'rollout_html', 'legend_html', 'rollouts_html', 'show_rollouts']
+           'difference', 'band', 'describe', 'plot_curves', 'results_table', 'markdown_table', 'outcome',
+           'colour_tokens', 'rollout_html', 'legend_html', 'rollouts_html', 'show_rollouts']
 
 # %% ../nbs/07b_plots.ipynb #4b199b61
 import hashlib, json, math
@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
-from scipy.stats import t as student_t
+from scipy.stats import t as student_t, ttest_ind
 
 from .data import DataMissing, read_jsonl
 from .log import read_metrics, read_summary
@@ -58,6 +58,20 @@ def interval(values) -> tuple[float, float, int]:
 def coverage(n: int) -> float:
     """How often ± 1.96·σ/√n really holds the true mean of n normal values: less than 0.95, as σ is estimated."""
     return float(1 - 2 * student_t.sf(1.96, n - 1))
+
+# %% ../nbs/07b_plots.ipynb #b2218550
+def difference(*roots: Path | str, of: str, minus: str, metric: str = "answer_accuracy") -> tuple[float, float, float]:
+    """(difference, low, high): final `metric` of one variant minus another's, with Welch's 95% interval over seeds.
+
+    roots: folders whose finished runs hold both variants. Raises DataMissing if one has fewer than two seeds.
+    """
+    summaries = [s for root in roots for folder in run_folders(root) if (s := read_summary(folder))]
+    values = [[s["final"][metric] for s in summaries if s["variant"] == name] for name in (of, minus)]
+    for name, found in zip((of, minus), values):
+        if len(found) < 2:
+            raise DataMissing(f"{len(found)} finished runs of {name} in {', '.join(map(str, roots))}: a difference needs two")
+    low, high = ttest_ind(*values, equal_var=False).confidence_interval(0.95)
+    return float(np.mean(values[0]) - np.mean(values[1])), float(low), float(high)
 
 # %% ../nbs/07b_plots.ipynb #3b90fe68
 def band(runs: pd.DataFrame, metric: str, x: str = "step", points: int = 60) -> pd.DataFrame:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SFT_PRESETS', 'SIZES', 'RATES', 'app', 'Seeds', 'Changes', 'Replicas', 'GpuShare', 'Root', 'TRACE_FILE',
-           'FILTERED_FILE', 'sft_config', 'problem_sets', 'trace_pairs', 'training_pairs', 'evaluate', 'sft',
+           'FILTERED_FILE', 'sft_config', 'changed', 'problem_sets', 'trace_pairs', 'training_pairs', 'evaluate', 'sft',
            'policy_name', 'train', 'update_count', 'training_metrics', 'shared_engine', 'run_all', 'make_traces',
            'filter_traces', 'quality_configs', 'tuning_configs', 'parse_changes', 'told', 'main', 'sweep', 'tune',
            'quality', 'filter_command', 'traces']
@@ -53,6 +53,11 @@ def sft_config(track: str = "pocket", n_train: int | None = None, seed: int = 0,
               "model": preset.model, "data": preset.train, "traces": None, "n_train": n_train, "prompt": preset.prompt,
               "eval_data": preset.test, "temperature": 1.0, "evaluations": 4, "warmup": 0.05, "max_grad_norm": 1.0,
               **SFT_PRESETS[track]}
+    return changed(config, changes)
+
+
+def changed(config: dict, changes: dict) -> dict:
+    """`config` with `changes`. Raises ValueError for a setting that it does not have."""
     if unknown := changes.keys() - config.keys():
         raise ValueError(f"unknown setting {', '.join(sorted(unknown))}; there are: {', '.join(config)}")
     return config | changes
@@ -186,10 +191,11 @@ def shared_engine(model: str, replicas: int = 1, gpu_memory_utilization: float =
         yield engine
 
 
-def run_all(configs: list[dict], root=None, force=False, keep=False, replicas=1, gpu_memory_utilization=0.4) -> list[dict]:
-    """Runs the configurations, which start from the same model, one after the other; their summaries."""
+def run_all(configs: list[dict], root=None, force=False, keep=False, replicas=1, gpu_memory_utilization=0.4,
+            work=None) -> list[dict]:
+    """Runs the configurations, whose models have one architecture, with `work` (default `sft`); their summaries."""
     with shared_engine(configs[0]["model"], replicas, gpu_memory_utilization) as engine:
-        summaries = [sft(config, engine, root, force, keep) for config in configs]
+        summaries = [(work or sft)(config, engine, root, force, keep) for config in configs]
     for config, s in zip(configs, summaries):
         print(f"{policy_name(config)}: {s['final']['answer_accuracy']:.1%} of {s['n_eval']} right after {s['steps']} updates")
     return summaries
