@@ -112,7 +112,11 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path):
     assert metrics_of(tmp_path / "stopped")[-1]["step"] == 4 and signal.getsignal(signal.SIGINT) is before
     assert log.find_checkpoint(run_folder(asdict(CONFIG), tmp_path / "stopped")).name == "step_00000004"
     assert not engine.closed  # it is the caller's
-    quiet_train(tmp_path / "stopped", engine=TransformersEngine(*tiny_policy()))  # which must be given the weights
+    checkpoint = log.find_checkpoint(run_folder(asdict(CONFIG), tmp_path / "stopped")) / "state.pt"
+    safe, seen = torch.load(checkpoint, weights_only=True)["parts"]["model"], []
+    fresh = CallsAt(1, lambda: seen.append({k: v.clone() for k, v in fresh.model.state_dict().items()}))
+    quiet_train(tmp_path / "stopped", engine=fresh)
+    assert all(safe[name].equal(w) for name, w in seen[0].items()), "it sampled before it was given the weights"
     quiet_train(tmp_path / "whole")
     stopped, whole = record(tmp_path / "stopped"), record(tmp_path / "whole")
     assert without_rounding(stopped) == without_rounding(whole)
@@ -124,7 +128,15 @@ def without_rounding(records):
     return [{k: line[k] for k in keys if k in line} for line in records["metrics.jsonl"]]
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+@pytest.fixture
+def python_handles_ctrl_c():
+    """As in a terminal. A shell that starts tests in the background has them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, python_handles_ctrl_c):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
