@@ -6,18 +6,19 @@
 __all__ = ['SFT_PRESETS', 'SIZES', 'RATES', 'app', 'Seeds', 'Changes', 'Replicas', 'GpuShare', 'Root', 'TRACE_FILE',
            'FILTERED_FILE', 'sft_config', 'changed', 'problem_sets', 'trace_pairs', 'training_pairs', 'evaluate', 'sft',
            'policy_name', 'train', 'update_count', 'training_metrics', 'shared_engine', 'run_all', 'make_traces',
-           'filter_traces', 'quality_configs', 'tuning_configs', 'parse_changes', 'told', 'main', 'sweep', 'tune',
-           'quality', 'filter_command', 'traces']
+           'filter_traces', 'quality_configs', 'tuning_configs', 'best_tuning', 'parse_changes', 'told', 'main',
+           'sweep', 'tune', 'quality', 'filter_command', 'traces']
 
 # %% ../nbs/08_sft.ipynb #a3b0a967
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
 # %% ../nbs/08_sft.ipynb #ec614eba
 import json, math, random, time
-from collections import Counter
+from collections import defaultdict
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import typer
@@ -31,7 +32,8 @@ from .inference import SamplingParams, TransformersEngine, VLLMEngine, make_engi
 from .log import (batch_indices, finish_run, log_generations, log_metrics, open_run, restore_checkpoint,
                                  run_folder, save_checkpoint, seed_everything, training_steps)
 from .models import TRACKS, load_policy, save_policy
-from .sft_helper import check_context, make_examples, make_optimizer, sft_examples, sft_loss, train_step
+from .sft_helper import (check_context, compile_policy, make_examples, make_optimizer, sft_examples, sft_loss,
+                                        train_step)
 
 # %% ../nbs/08_sft.ipynb #9af8e4a1
 SFT_PRESETS = {
@@ -119,11 +121,12 @@ def evaluate(run, step: int, engine, model, tokenizer, problems: list[Problem], 
 
 # %% ../nbs/08_sft.ipynb #f7c29935
 def sft(config: dict, engine=None, root: Path | str | None = None, force: bool = False, keep: bool = True,
-        progress: bool | None = None) -> dict:
+        progress: bool | None = None, compiled: bool = False) -> dict:
     """Finetunes a policy as `config` (from `sft_config`) says, and returns the run's summary; a finished run is read.
 
     engine: samples at evaluations (default: transformers, from the live policy). keep: save the policy under the run's
-    name, for `load_policy`. A killed run continues from its last evaluation. Raises DataError, DataMissing, RunConflict.
+    name, for `load_policy`. compiled: compile the policy's layers, which pays in long runs on a GPU. A killed run
+    continues from its last evaluation. Raises DataError, DataMissing, RunConflict.
     """
     pairs, problems = training_pairs(config), problem_sets(config)[1]
     with open_run(config, root, force) as run:
@@ -131,6 +134,8 @@ def sft(config: dict, engine=None, root: Path | str | None = None, force: bool =
             return run.summary
         seed_everything(config["seed"])
         model, tokenizer = load_policy(config["model"], dtype="float32")
+        if compiled:
+            compile_policy(model)
         examples = make_examples(*zip(*pairs), tokenizer)
         check_context(model, examples)
         train(run, model, tokenizer, examples, problems, engine or TransformersEngine(model, tokenizer), progress)
@@ -246,7 +251,7 @@ def quality_configs(track: str, raw: Path | str, filtered: Path | str, seed: int
     return [sft_config(track, size, seed, variant=name, traces=str(path), **changes) for name, (path, size) in files.items()]
 
 # %% ../nbs/08_sft.ipynb #06c2a524
-RATES = {"micro": (1e-3, 2e-3, 4e-3), "pocket": (5e-5, 1e-4, 2e-4, 4e-4), "course": (1e-5, 2e-5, 5e-5)}
+RATES = {"micro": (1e-3, 2e-3, 4e-3), "pocket": (1e-4, 2e-4, 4e-4, 8e-4), "course": (1e-5, 2e-5, 5e-5)}
 
 
 def tuning_configs(track: str, rates=None, sizes=(32, 64), n_train: int | None = 1024, seed: int = 0, **changes) -> list[dict]:
@@ -255,6 +260,21 @@ def tuning_configs(track: str, rates=None, sizes=(32, 64), n_train: int | None =
                                                 "eval_data": "validation", "learning_rate": rate, "batch_size": size,
                                                 "min_steps": 0} | changes)
             for rate, size in product(rates or RATES[track], sizes)]
+
+# %% ../nbs/08_sft.ipynb #f34eb309
+def best_tuning(family: Path | str, *names: str) -> dict:
+    """The settings `names` of the tuning runs in a family's folder that have the highest mean accuracy over their seeds.
+
+    Raises FileNotFoundError if no tuning run is finished.
+    """
+    accuracies = defaultdict(list)
+    for path in sorted(Path(family).glob("*/summary.json")):
+        config, summary = (json.loads(p.read_text(encoding="utf-8")) for p in (path.with_name("config.json"), path))
+        accuracies[tuple(config[name] for name in names)].append(summary["final"]["answer_accuracy"])
+    if not accuracies:
+        raise FileNotFoundError(f"no finished tuning run in {family}: run the command `tune` first")
+    return dict(zip(names, max(accuracies, key=lambda values: fmean(accuracies[values]))))
+
 
 # %% ../nbs/08_sft.ipynb #b7a86283
 def parse_changes(settings: list[str]) -> dict:

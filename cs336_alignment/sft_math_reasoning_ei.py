@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EI_PRESETS', 'VARIATIONS', 'app', 'ei_config', 'sample_groups', 'select_correct', 'finetune', 'ei_step', 'ei_steps',
-           'expert_iteration', 'variation_configs', 'main', 'sweep']
+           'expert_iteration', 'variation_configs', 'rate_configs', 'main', 'sweep']
 
 # %% ../nbs/09_expert_iteration.ipynb #163b46d7
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -24,7 +24,7 @@ from .inference import Completion, SamplingParams, TransformersEngine
 from .log import (batch_indices, finish_run, log_metrics, open_run, restore_checkpoint, save_checkpoint,
                                  seed_everything, training_steps)
 from .models import TRACKS, load_policy, save_policy
-from .sft_helper import Example, make_optimizer, sft_examples, sft_loss, train_step
+from .sft_helper import Example, compile_policy, make_optimizer, sft_examples, sft_loss, train_step
 from .sft_math_reasoning import (Changes, GpuShare, Replicas, Root, Seeds, changed, evaluate,
                                                 parse_changes, policy_name, problem_sets, run_all, told)
 
@@ -126,10 +126,10 @@ def ei_steps(run, engine, model, tokenizer, problems: list[Problem], held_out: l
 
 # %% ../nbs/09_expert_iteration.ipynb #9aec152e
 def expert_iteration(config: dict, engine=None, root: Path | str | None = None, force: bool = False, keep: bool = True,
-                     progress: bool | None = None) -> dict:
+                     progress: bool | None = None, compiled: bool = False) -> dict:
     """Algorithm 2 as `config` (from `ei_config`) says; returns the run's summary; a finished run is read.
 
-    engine, keep: as for `sft`. A killed run continues from the last complete step. Raises DataError, DataMissing,
+    engine, keep, compiled: as for `sft`. A killed run continues from the last complete step. Raises DataError, DataMissing,
     ModelMissing (train the starting policy first), RunConflict.
     """
     problems, held_out = problem_sets(config)
@@ -138,6 +138,8 @@ def expert_iteration(config: dict, engine=None, root: Path | str | None = None, 
             return run.summary
         seed_everything(config["seed"])
         model, tokenizer = load_policy(config["model"], dtype="float32")
+        if compiled:
+            compile_policy(model)
         engine = engine or TransformersEngine(model, tokenizer)
         ei_steps(run, engine, model, tokenizer, problems, held_out, progress)
         if keep:
@@ -155,6 +157,13 @@ def variation_configs(track: str = "pocket", seed: int = 0, **changes) -> list[d
     others = [base | {"variant": f"{short}{value}", name: value} for name, (short, values) in (VARIATIONS | sizes).items()
               for value in values if value != base[name]]
     return [base, *others]
+
+# %% ../nbs/09_expert_iteration.ipynb #411c347b
+def rate_configs(track: str, model: str, rates=(2e-5, 5e-5, 1e-4, 2e-4), seed: int = 0, **changes) -> list[dict]:
+    """One run from `model` for each learning rate, evaluated on held-back training problems, which `model` must not know."""
+    return [ei_config(track, seed, **{"family": "ei_tuning", "variant": f"lr{rate:g}", "model": model, "learning_rate": rate,
+                                      "eval_data": "validation"} | changes) for rate in rates]
+
 
 # %% ../nbs/09_expert_iteration.ipynb #c21a2da0
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,

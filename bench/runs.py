@@ -1,0 +1,231 @@
+"""The runs behind the figures of notebooks 08, 09 and 12: one process a seed, side by side, on all GPUs of this machine.
+
+    uv run python bench/runs.py                          # all stages, pocket track
+    uv run python bench/runs.py tune sft --seeds 0,1     # some stages, some seeds
+    uv run python bench/runs.py sft quality --track micro    # on a CPU
+
+A process has one engine for all its runs, since starting vLLM takes longer than many of them. Finished runs are read and
+killed ones go on, so that the script can be stopped and started at will. Where a stage needs what another process makes
+(a tuning run, a file of traces), it waits for it.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cs336_alignment import grpo  # noqa: E402
+from cs336_alignment.data import load_problems, repo_root  # noqa: E402
+from cs336_alignment.inference import Engine, SamplingParams, make_engine  # noqa: E402
+from cs336_alignment.log import run_folder  # noqa: E402
+from cs336_alignment.models import TRACKS, load_policy  # noqa: E402
+from cs336_alignment.sft_math_reasoning import (SIZES, best_tuning, filter_traces, make_traces, policy_name,  # noqa: E402
+                                                quality_configs, sft, sft_config, shared_engine, tuning_configs, update_count)
+from cs336_alignment.sft_math_reasoning_ei import expert_iteration, rate_configs, variation_configs  # noqa: E402
+
+TEACHER = "n1024_seed0"  # its responses are the traces of the stage `quality`
+TRACED = {"micro": None, "pocket": 4096, "course": None}  # problems that it solves; None: the track's pool
+GRPO_RATES = (1e-5, 2e-5, 5e-5, 1e-4)
+
+
+class Remembering:
+    """An engine that remembers evaluations: the same weights, prompts and seeds give the same responses.
+
+    All runs from one policy begin with the same evaluation, and runs of one seed sample it alike."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.weights, self.known = engine, None, {}
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def load_weights(self, model):
+        self.weights = float(sum(p.detach().double().abs().sum() for p in model.parameters()))
+        self.engine.load_weights(model)
+
+    def generate(self, prompts, sampling: SamplingParams, progress: bool = False):
+        key = (self.weights, tuple(prompts), sampling)
+        if sampling.n > 1 or sampling.seed is None:
+            return self.engine.generate(prompts, sampling, progress)
+        if key not in self.known:
+            self.known = dict(list(self.known.items())[-40:]) | {key: self.engine.generate(prompts, sampling, progress)}
+        return self.known[key]
+
+
+@dataclass
+class Worker:
+    """One process of the queue: its seed among all seeds, and what its runs share."""
+    seed: int
+    seeds: list[int]
+    track: str
+    root: Path
+    engine: Remembering | None  # None: each run samples from its own policy
+    compiled: bool
+
+    def run(self, work, configs: list[dict], keep: bool = False) -> None:
+        for config in configs:
+            begin = time.perf_counter()
+            s = work(config, self.engine, self.root, keep=keep, progress=False, compiled=self.compiled)
+            print(f"{policy_name(config)}: {s['final']['answer_accuracy']:.1%} after {s['steps']} steps, "
+                  f"{time.perf_counter() - begin:.0f} s", flush=True)
+
+    def share(self, configs: list[dict]) -> list[dict]:
+        """Those of a list of runs that fall to this process."""
+        return configs[self.seeds.index(self.seed)::len(self.seeds)]
+
+    def wait_for(self, paths: list[Path]) -> None:
+        while missing := [path for path in paths if not path.exists()]:
+            if (self.root / "stop").exists():
+                raise RuntimeError(f"another process has failed, and {missing[0]} will not come")
+            time.sleep(0.5)
+
+    def tuned(self) -> dict:
+        """The learning rate and batch size that `tune` found best; nothing on a track that was not tuned."""
+        if self.track == "micro":
+            return {}
+        self.wait_for([run_folder(c, self.root) / "summary.json" for c in tuning_configs(self.track)])
+        return best_tuning(self.root / f"sft_tuning_{self.track}", "learning_rate", "batch_size")
+
+
+def tune(w: Worker) -> None:
+    """Learning rates and batch sizes on held-back training problems, dealt out to the processes."""
+    w.run(sft, w.share(tuning_configs(w.track)), keep=True)
+    print("tuned:", w.tuned(), flush=True)
+
+
+def sizes(w: Worker) -> None:
+    """All sizes; the largest first, and 1,024, where expert iteration begins."""
+    configs = [sft_config(w.track, n, w.seed, **w.tuned()) for n in reversed(SIZES)]
+    w.run(sft, configs[:2], keep=True)
+    w.run(sft, configs[2:])
+
+
+def updates(w: Worker) -> None:
+    """Few examples for as many updates as all of them get: is it the data, or the patience?"""
+    few = 128 if w.track == "micro" else 1024
+    config = sft_config(w.track, None, w.seed, **w.tuned())
+    every = update_count(config, config["pool"] or len(load_problems(config["data"], "train")))
+    w.run(sft, [sft_config(w.track, few, w.seed, variant=f"n{few}_long", min_steps=every, **w.tuned())])
+
+
+def gsm8k(w: Worker) -> None:
+    """GSM8K's own 7,473 worked solutions, evaluated on its test set."""
+    w.run(sft, [sft_config(w.track, None, w.seed, variant="gsm8k", data="gsm8k", eval_data="gsm8k", n_eval=1319, **w.tuned())],
+          keep=True)
+
+
+def quality(w: Worker) -> None:
+    """Raw traces of a trained teacher, as many of them as are right, and those that are right."""
+    raw = repo_root() / "data" / "traces" / f"{w.track}.jsonl"
+    filtered = raw.with_name(f"{raw.stem}_filtered.jsonl")
+    if w.seed == w.seeds[0] and not filtered.exists():
+        config = sft_config(w.track)
+        problems = load_problems(config["data"], "train", TRACED[w.track] or config["pool"])
+        model, tokenizer = load_policy(f"sft_experiments_{w.track}/{TEACHER}")
+        engine = w.engine or make_engine(model, tokenizer=tokenizer)
+        engine.load_weights(model)
+        print("traces:", make_traces(engine, problems, config["prompt"], raw, config["max_tokens"], progress=False))
+        print("filtered:", filter_traces(raw, filtered), flush=True)
+    w.wait_for([filtered])
+    relative = [path.relative_to(repo_root()) for path in (raw, filtered)]
+    w.run(sft, quality_configs(w.track, *relative, w.seed, **w.tuned()))
+
+
+def ei_tune(w: Worker) -> None:
+    """Learning rates of expert iteration, on problems that neither the starting policy nor the run has trained on."""
+    best = w.tuned()
+    start = tuning_configs(w.track, [best["learning_rate"]], [best["batch_size"]])[0]
+    w.run(expert_iteration, w.share(rate_configs(w.track, policy_name(start))))
+
+
+def ei(w: Worker) -> None:
+    """Five steps of expert iteration: the base, then G, epochs and |D_b|, one at a time."""
+    tuning = w.root / f"ei_tuning_{w.track}"
+    if w.track != "micro":
+        w.wait_for([run_folder(c, w.root) / "summary.json" for c in rate_configs(w.track, "")])
+    best = best_tuning(tuning, "learning_rate") if tuning.exists() else {}
+    configs = variation_configs(w.track, w.seed, **best)
+    w.run(expert_iteration, configs[:1], keep=True)
+    w.run(expert_iteration, configs[1:])
+
+
+def benchmark(w: Worker) -> None:
+    """Policies trained on GSM-Symbolic, evaluated without more training on GSM8K and on templates never seen."""
+    for name, policy in [("sft", f"sft_experiments_{w.track}/nall"), ("ei", f"ei_{w.track}/base")]:
+        for data, n in [("gsm8k", 1319), ("data/gsm_symbolic/heldout.jsonl", 500)]:
+            w.run(sft, [sft_config(w.track, None, w.seed, family="benchmark", variant=f"{name}_{Path(data).stem}",
+                                   model=f"{policy}_seed{w.seed}", eval_data=data, n_eval=n, epochs=0, min_steps=0)])
+
+
+def grpo_lr(w: Worker) -> None:
+    """Learning rates of GRPO, one seed each, dealt out to the processes."""
+    rates = [grpo.grpo_config(w.track, family="grpo_lr_sweep", variant=f"lr{rate:g}", seed=0, learning_rate=rate,
+                              n_grpo_steps=100) for rate in GRPO_RATES]
+    for config in w.share(rates):
+        grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled, keep_policy=False)
+
+
+def grpo_runs(w: Worker) -> None:
+    """200 steps on GSM-Symbolic and on GSM8K, from the policies finetuned on each, at the best rate of the sweep."""
+    family = w.root / f"grpo_lr_sweep_{w.track}"
+    w.wait_for([family / f"lr{rate:g}_seed0" / "summary.json" for rate in GRPO_RATES])
+    for data, start in [("gsm_symbolic", "nall"), ("gsm8k", "gsm8k")]:
+        config = grpo.grpo_config(w.track, variant=data, seed=w.seed, train_data=data, eval_data=data,
+                                  model=f"sft_experiments_{w.track}/{start}_seed{w.seed}", **best_tuning(family, "learning_rate"))
+        grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled)
+
+
+STAGES = {"tune": tune, "sft": sizes, "gsm8k": gsm8k, "quality": quality, "ei_tune": ei_tune, "ei": ei, "updates": updates,
+          "benchmark": benchmark, "grpo_lr": grpo_lr, "grpo": grpo_runs}
+
+
+def work(seed: int, seeds: list[int], stages: list[str], track: str, root: Path, compiled: bool, share: float) -> None:
+    """The stages of one seed, in this process."""
+    with shared_engine(TRACKS[track].model, gpu_memory_utilization=share) as engine:
+        worker = Worker(seed, seeds, track, root, engine and Remembering(engine), compiled)
+        for stage in stages:
+            begin = time.perf_counter()
+            STAGES[stage](worker)
+            print(f"== {stage}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def main(stages: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(STAGES)}; default: all")] = None,
+         track: str = "pocket", seeds: str = "0,1,2,3", root: Path = Path("results"), compiled: bool = torch.cuda.is_available(),
+         share: Annotated[float, typer.Option(help="of a GPU's memory, for each process's engine")] = 0.08,
+         seed: Annotated[int | None, typer.Option(help="only this one, in this process", hidden=True)] = None) -> None:
+    """Runs the stages; the output of each process goes to ROOT/logs/seed<k>.log."""
+    stages, numbers = stages or list(STAGES), [int(s) for s in seeds.split(",")]
+    if unknown := set(stages) - set(STAGES):
+        sys.exit(f"unknown stage {', '.join(unknown)}; there are: {', '.join(STAGES)}")
+    if seed is not None:
+        return work(seed, numbers, stages, track, root, compiled, share)
+    (root / "logs").mkdir(parents=True, exist_ok=True)
+    (root / "stop").unlink(missing_ok=True)
+    gpus, processes = torch.cuda.device_count(), {}
+    for k in numbers:
+        command = [sys.executable, __file__, *stages, "--track", track, "--seeds", seeds, "--root", str(root), "--seed", str(k),
+                   "--share", str(share), "--compiled" if compiled else "--no-compiled"]
+        with open(root / "logs" / f"seed{k}.log", "a") as log:
+            processes[k] = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | (
+                {"CUDA_VISIBLE_DEVICES": str(numbers.index(k) % gpus)} if gpus else {}))
+    failed = {}
+    while len(failed) + sum(p.poll() == 0 for p in processes.values()) < len(processes):
+        failed |= {k: p.poll() for k, p in processes.items() if p.poll()}
+        if failed:
+            (root / "stop").touch()
+        time.sleep(1)
+    for k in failed:
+        print(f"seed {k} failed:", *(root / "logs" / f"seed{k}.log").read_text().splitlines()[-15:], sep="\n")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
