@@ -24,7 +24,7 @@ from scipy.stats import binomtest
 
 from .data import fill_prompt, load_problems, load_prompt, read_jsonl, write_json
 from .drgrpo_grader import grade_batch, question_only_reward_fn, r1_zero_reward_fn
-from .inference import SamplingParams, make_engine
+from .inference import SamplingParams, make_engine, vllm_problem
 from .models import TRACKS, model_dir
 
 # %% ../nbs/05_zero_shot.ipynb #19a2076d
@@ -113,8 +113,7 @@ def evaluate_vllm(vllm_model, reward_fn, prompts, eval_sampling_params, ground_t
         if part.stop > len(records):
             outputs = generate_chunk(vllm_model, prompts[part], eval_sampling_params, start, progress)
             new = make_records(outputs, prompts[part], questions[part], ground_truths[part], reward_fn, start)
-            new = new[len(records) - start:]
-            append_lines(out, new)
+            append_lines(out, new := new[len(records) - start:])
             records += new
     return summarise(records)
 
@@ -139,12 +138,14 @@ def append_lines(path: Path | str | None, records: list[dict]) -> None:
 # %% ../nbs/05_zero_shot.ipynb #0fc609d0
 def environment() -> dict:
     """Commit, package versions and device of this process, for `environment.json` of a run folder."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=Path(__file__).parent if "__file__" in globals() else None,
+    here = Path(__file__).parent if "__file__" in globals() else None
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=here,
                          capture_output=True, text=True)
     packages = ["torch", "transformers", "vllm", "math-verify", "latex2sympy2_extended", "sympy"]
-    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    plain = lambda name: name.lower().replace("_", "-")
+    installed = {plain(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
     return {"commit": os.environ.get("CS336_COMMIT") or git.stdout.strip() or None,
-            "versions": {p: installed.get(p.lower().replace("_", "-")) for p in packages},
+            "versions": {p: installed.get(plain(p)) for p in packages},
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "gpu_count": torch.cuda.device_count(), "cpu_count": os.cpu_count()}
 
@@ -242,14 +243,15 @@ def print_metrics(m: dict, title: str) -> None:
           f"{m['truncated']:.1%} cut off")
 
 # %% ../nbs/05_zero_shot.ipynb #e7b29774
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Zero-shot evaluation on mathematics problems (CS336 assignment 5, §3).")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
+                  help="Zero-shot evaluation on mathematics problems (CS336 assignment 5, §3).")
 Track = Annotated[str, typer.Option(help="micro | pocket | course: model, data and prompt that go together")]
 Data = Annotated[str | None, typer.Option(help="gsm_symbolic | gsm8k | math | micro, or a file (default: the track's)")]
 N = Annotated[int | None, typer.Option(help="number of problems, 0 for all (default: all with a GPU, 32 without)")]
 Prompt = Annotated[str | None, typer.Option(help="r1_zero | r1_zero_three_shot | question_only, or a file")]
 Model = Annotated[str | None, typer.Option(help="a model's name on the hub or its folder (default: the track's)")]
 Kind = Annotated[str, typer.Option(help="auto | vllm | transformers")]
-MaxTokens = Annotated[int | None, typer.Option(help="longest response in tokens (default: the track's with a GPU, 256 without)")]
+MaxTokens = Annotated[int | None, typer.Option(help="longest response in tokens (default: the track's, 256 without a GPU)")]
 Force = Annotated[bool, typer.Option(help="run again even if a finished run of the same configuration exists")]
 
 # %% ../nbs/05_zero_shot.ipynb #042c59bc
@@ -266,8 +268,14 @@ def stop(error: Exception):
     raise typer.Exit(2)
 
 # %% ../nbs/05_zero_shot.ipynb #b37f34c9
-def prepare(configs: list[dict]) -> None:
-    """Find mistakes before a model is loaded: problems, prompt and model of each configuration must exist."""
+def prepare(configs: list[dict], engine: str = "auto") -> None:
+    """Find mistakes before a model is loaded or a file touched: problems, prompt, model and engine must exist.
+
+    Raises ValueError or OSError (DataError, DataMissing, ModelMissing are such) saying what to do."""
+    if engine not in ("auto", "vllm", "transformers"):
+        raise ValueError(f"--engine is auto, vllm or transformers, not {engine!r}")
+    if engine == "vllm" and (problem := vllm_problem()):
+        raise ValueError(problem)
     for config in configs:
         load_problems(config["data"], n=config["n"])
         load_prompt(config["prompt"])
@@ -283,8 +291,8 @@ def main(ctx: typer.Context, track: Track = "pocket", data: Data = None, n: N = 
         return
     try:
         config = zero_shot_config(track, data, prompt=prompt, seed=seed, model=model, **sizes(n, max_tokens))
+        prepare([config], engine)
         claim(out, config, force)
-        prepare([config])
     except (ValueError, OSError) as error:
         stop(error)
     complete = len(finished_records(out)) == len(load_problems(config["data"], n=config["n"]))
@@ -303,7 +311,7 @@ def grid(track: Track = "pocket", data: list[str] = ["gsm8k", "gsm_symbolic"], n
     try:
         configs = [zero_shot_config(track, d, prompt=p, seed=s, model=model, **sizes(n, max_tokens))
                    for d in data for p in prompt for s in seed]
-        prepare(configs)
+        prepare(configs, engine)
         (out / "responses").parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         stop(error)

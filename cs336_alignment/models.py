@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRACKS', 'SMOLLM2_SHA256', 'MICRO', 'Track', 'ModelMissing', 'cache_dir', 'build_once', 'smollm2_gguf',
            'smollm2_tokenizer', 'no_progress_bars', 'convert_smollm2', 'character_tokenizer', 'micro_model',
-           'micro_batches', 'pair_tensors', 'pretrain', 'build_micro', 'micro_dir', 'check_model_dir',
+           'micro_batches', 'pair_tensors', 'pretrain', 'teacher_chance', 'build_micro', 'micro_dir', 'check_model_dir',
            'trained_policies', 'missing_model_text', 'hub_dir', 'model_dir', 'best_attention', 'load_policy',
            'save_policy']
 
@@ -164,7 +164,8 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
                                    clean_up_tokenization_spaces=False, model_max_length=256)
 
 # %% ../nbs/02_models.ipynb #6713386b
-MICRO = dict(seed=0, hidden_size=128, layers=2, heads=4, learning_rate=4e-3, sums=(180, 16), chats=(200, 16))
+MICRO = dict(seed=0, hidden_size=128, layers=2, heads=4, learning_rate=4e-3, sums=(300, 16), chats=(160, 16),
+             rounds=15, round_steps=40, enough=0.2)
 
 
 def micro_model(vocab_size: int) -> LlamaForCausalLM:
@@ -176,13 +177,15 @@ def micro_model(vocab_size: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 # %% ../nbs/02_models.ipynb #81db9521
-def micro_batches() -> Iterator[list[tuple[str, str]]]:
+def micro_batches(rounds: int = 0) -> Iterator[list[tuple[str, str]]]:
     """The pretraining text of the micro model as batches of (given, to be predicted): sums first, then conversations.
 
-    `MICRO["sums"]` and `MICRO["chats"]` are (batches, batch size). Only the train split of `micro_problems` is used.
+    `MICRO["sums"]` and `MICRO["chats"]` are (batches, batch size); `rounds` adds so many times `MICRO["round_steps"]`
+    batches of further conversations. Only the train split of `micro_problems` is used, each problem once.
     """
     rng, template = random.Random(MICRO["seed"]), load_prompt("micro")
     (n_sums, sums), (n_chats, chats) = MICRO["sums"], MICRO["chats"]
+    n_chats += rounds * MICRO["round_steps"]
     problems = iter(micro_problems(n_sums * sums + n_chats * chats, MICRO["seed"], "train"))
     for _ in range(n_sums):
         yield [(p.question, f" {p.solution}\n") for p in islice(problems, sums)]
@@ -227,17 +230,41 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, batche
         losses.append(loss.item())
     return losses
 
+# %% ../nbs/02_models.ipynb #e53a08ca
+@torch.no_grad()
+def teacher_chance(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> float:
+    """The mean probability, over micro problems, that a sample at temperature 1 is the teacher's response (eos not
+    counted)."""
+    template = load_prompt("micro")
+    ids, labels = pair_tensors(tokenizer, [(fill_prompt(template, p.question), teacher_response(p)) for p in problems])
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # (B, T, V)
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")  # 0 where -100
+    return (-losses.sum(1).double()).exp().mean().item()
+
 # %% ../nbs/02_models.ipynb #b5d305f9
 def build_micro(folder: Path) -> None:
     """Pretrains the micro model on the CPU into `folder`, with its tokenizer and `pretraining.json` (the losses).
 
-    The same seed gives the same model on the same machine; another number of threads adds in another order.
+    After `micro_batches`, rounds of further conversations follow at half the rate until `teacher_chance` is
+    `MICRO["enough"]`, at most `MICRO["rounds"]`. On one thread, so that their number does not change the sums; the same
+    seed gives the same model on the same machine.
     """
-    tokenizer = character_tokenizer()
+    tokenizer, threads = character_tokenizer(), torch.get_num_threads()
+    batches, heldout = micro_batches(MICRO["rounds"]), micro_problems(256, split="heldout")
     with torch.random.fork_rng(devices=[]), torch.enable_grad():  # the caller's random numbers stay as they are
+        torch.set_num_threads(1)
         torch.manual_seed(MICRO["seed"])
         model = micro_model(len(tokenizer))
-        losses = pretrain(model, tokenizer, list(micro_batches()), MICRO["learning_rate"])
+        first = list(islice(batches, MICRO["sums"][0] + MICRO["chats"][0]))
+        losses = pretrain(model, tokenizer, first, MICRO["learning_rate"])
+        while teacher_chance(model, tokenizer, heldout) < MICRO["enough"] and (
+                more := list(islice(batches, MICRO["round_steps"]))):
+            losses += pretrain(model, tokenizer, more, MICRO["learning_rate"] / 2)
+    torch.set_num_threads(threads)
+    _save_micro(model, tokenizer, folder, losses)
+
+# %% ../nbs/02_models.ipynb #9780174a
+def _save_micro(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, losses: list[float]) -> None:
     with no_progress_bars():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
