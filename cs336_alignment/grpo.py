@@ -7,9 +7,9 @@ __all__ = ['PRESETS', 'NAMED', 'LOGGED', 'app', 'Option', 'HandoutSettings', 'GR
            'grpo_config', 'evaluates', 'sampling_params', 'sample_rollouts', 'compute_advantages', 'rollout_metrics',
            'make_examples', 'token_weights', 'sequence_log_probs', 'grpo_loss', 'has_gradient', 'train_batches',
            'weighted', 'needs_old', 'engine_gap', 'add_log_probs', 'updates', 'update_metrics', 'State', 'timed',
-           'evaluate', 'reward_fn', 'next_rollouts', 'push_weights', 'grpo_step', 'train_on', 'finish_line',
-           'stop_on_interrupt', 'RunStopped', 'stops_saved', 'use_engine', 'start', 'log_step', 'run_steps', 'train',
-           'command_config', 'main']
+           'evaluate', 'reward_fn', 'next_rollouts', 'grpo_step', 'train_on', 'finish_line', 'stop_on_interrupt',
+           'RunStopped', 'stops_saved', 'use_engine', 'start', 'log_step', 'run_steps', 'train', 'command_config',
+           'main']
 
 # %% ../nbs/12_grpo.ipynb #2b39a7fe
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -125,8 +125,10 @@ def check_choices(config: GRPOConfig) -> None:
             (config.clip_high is not None and config.loss_type != "grpo_clip", "clip_high needs loss_type 'grpo_clip'"),
             (config.advantage == "maxrl" and config.use_std_normalization,
              "advantage 'maxrl' divides by the mean: set use_std_normalization=False"),
-            (config.group_size == 1 and config.loss_type != "no_baseline", "group_size = 1 has nothing to compare: "
-             "use loss_type 'no_baseline' and use_std_normalization=False, or a larger group")]:
+            (config.advantage == "maxrl" and config.loss_type == "no_baseline", "'no_baseline' uses no advantage"),
+            (config.group_size == 1 and (config.loss_type != "no_baseline" or config.use_std_normalization),
+             "group_size = 1 has nothing to compare: use loss_type 'no_baseline' and use_std_normalization=False, "
+             "or a larger group")]:
         if wrong:
             raise ValueError(f"{rule} (loss_type {config.loss_type!r})")
 
@@ -384,13 +386,6 @@ def next_rollouts(s: State, step: int) -> tuple[list[Completion], list[str]]:
         s.pending = s.pool.submit(sample_rollouts, s.config, s.engine, s.problems, step + 1)
     return rollouts
 
-
-def push_weights(s: State) -> None:
-    """Gives the engine the policy's weights, once it has finished what it is sampling."""
-    if s.pending:
-        wait([s.pending])
-    s.engine.load_weights(s.policy)
-
 # %% ../nbs/12_grpo.ipynb #0b9b267f
 def grpo_step(s: State, step: int) -> dict[str, float]:
     """One turn of Algorithm 3's outer loop; returns the line for the log."""
@@ -400,18 +395,20 @@ def grpo_step(s: State, step: int) -> dict[str, float]:
     with timed(seconds, "reward"):
         rewards = grade_batch(reward_fn(config), [c.text for c in completions], truths)
         advantages, statistics = compute_advantages(config, torch.tensor([r["reward"] for r in rewards]))
-    line = rollout_metrics(completions, rewards) | {"share_equal_groups": statistics["share_equal_groups"]}
-    examples = {i: e for i, e in enumerate(make_examples(completions, advantages))
-                if has_gradient(config, completions[i], e.side["advantage"])}
-    line["share_trained"] = len(examples) / len(completions)
+        examples = {i: e for i, e in enumerate(make_examples(completions, advantages))
+                    if has_gradient(config, completions[i], e.side["advantage"])}
+        line = rollout_metrics(completions, rewards) | {"share_equal_groups": statistics["share_equal_groups"],
+                                                        "share_trained": len(examples) / len(completions)}
     with timed(seconds, "old"):
         if needs_old(config, step) or s.reference is not None:
             examples, gap = add_log_probs(config, examples, completions, s.policy, s.reference, s.pass_tokens)
             line |= gap
     with timed(seconds, "update"):
         line |= update_metrics(train_on(s, examples, [len(c.token_ids) for c in completions], step))
+    with timed(seconds, "rollout"):
+        wait([s.pending] if s.pending else [])  # no new weights in the middle of an answer
     with timed(seconds, "sync"):
-        push_weights(s)
+        s.engine.load_weights(s.policy)
     tokens = sum(len(c.prompt_token_ids) + len(c.token_ids) for c in completions)
     line |= {"samples": step * len(completions), "tokens_per_s": tokens / sum(seconds.values())}
     return finish_line(s, step, line, seconds)
@@ -419,6 +416,8 @@ def grpo_step(s: State, step: int) -> dict[str, float]:
 # %% ../nbs/12_grpo.ipynb #5d8b657b
 def train_on(s: State, examples: dict[int, Example], lengths: list[int], step: int) -> list[dict[str, float]]:
     """All updates of a step; counted one by one, so that after an error it is known whether the weights have moved."""
+    if not examples:
+        say(s.run, f"step {step}: no answer has an advantage, nothing is learned")
     done = []
     for metrics in updates(s.config, s.policy, s.optimizer, examples, lengths, step, s.pass_tokens):
         s.updates += bool(metrics)

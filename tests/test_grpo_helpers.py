@@ -136,6 +136,18 @@ def test_micro_batching_does_not_matter(loss_type, constant):
     torch.testing.assert_close(leaf.grad, whole.grad, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("constant", CONSTANTS)
+def test_a_response_without_tokens_adds_nothing_but_counts(constant):
+    x = batch(6)
+    x["response_mask"][[0, 5]] = False
+    loss, leaf, _ = step(x, "grpo_clip", 2, constant)
+    filled = [i for i in range(12) if i not in (0, 5)]
+    without, gradient = reference_step({k: v[filled] for k, v in x.items()}, "grpo_clip", 2, constant)
+    assert loss.item() == pytest.approx(without * 10 / 12, abs=1e-12)
+    assert (leaf.grad[[0, 5]] == 0).all()
+    np.testing.assert_allclose(leaf.grad[filled].numpy(), gradient * 10 / 12, atol=1e-12)
+
+
 @pytest.mark.parametrize("normalize_by_std", [True, False])
 @pytest.mark.parametrize("group_size", [2, 3, 8])
 def test_advantages_agree_with_the_reference(group_size, normalize_by_std):

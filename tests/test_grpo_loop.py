@@ -3,11 +3,11 @@
 Runs that are killed happen in child processes made by fork, so that the imports are paid for once. The policy is a
 tiny Llama with the micro model's tokenizer; its reward is one that it can get by chance (a digit in the answer), so
 that there is something to learn."""
-import contextlib, io, math, os, random, signal, time
+import contextlib, io, math, os, random, signal, statistics, time
 from dataclasses import asdict, replace
 from functools import partial
 
-import pytest, torch
+import numpy as np, pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kills
@@ -148,20 +148,29 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, python_handles_ctrl_c):
     assert log.find_checkpoint(run_folder(asdict(CONFIG), tmp_path)).name == "step_00000003"
 
 
-def test_the_loops_own_engine_is_closed_on_every_way_out(tmp_path, monkeypatch):
+def fail():
+    raise RuntimeError("engine replica 1 ended with code -9")
+
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("act, way_out", [
+    (lambda: None, contextlib.nullcontext()), (ctrl_c, contextlib.nullcontext()),
+    (lambda: (ctrl_c(), ctrl_c()), pytest.raises(KeyboardInterrupt)), (fail, pytest.raises(RunStopped, match="replica 1"))],
+    ids=["finished", "Ctrl-C", "Ctrl-C twice", "failed"])
+def test_the_loops_own_engine_is_closed_on_every_way_out(tmp_path, monkeypatch, python_handles_ctrl_c, act, way_out):
     made = []
 
     def make(model, tokenizer, **options):
-        made.append(CallsAt(4, fail))
+        made.append(CallsAt(4, act))
         return made[-1]
 
-    def fail():
-        raise RuntimeError("engine replica 1 ended with code -9")
-
     monkeypatch.setattr(grpo, "make_engine", make)
-    with pytest.raises(RunStopped, match="replica 1"):
+    with way_out:
         quiet_train(tmp_path)
-    assert made[0].closed
+    assert made[0].closed and len(made) == 1
 
 
 # --- what goes wrong in a step
@@ -212,9 +221,10 @@ def test_batches_that_are_all_wrong_change_nothing_and_say_so(tmp_path, monkeypa
     monkeypatch.setattr(grpo, "reward_fn", lambda config: lambda r, t: dict.fromkeys(
         ("format_reward", "answer_reward", "reward"), 0.0))
     engine = TransformersEngine(*tiny_policy())
-    summary, _ = quiet_train(tmp_path, engine=engine)
+    summary, said = quiet_train(tmp_path, engine=engine)
     lines = metrics_of(tmp_path)
     assert summary["steps"] == 12 and len(lines) == 13
+    assert said.count("no answer has an advantage, nothing is learned") == 12
     for line in lines[1:]:
         assert line["train/share_equal_groups"] == 1 and line["train/share_trained"] == 0
         assert line["train/skipped_updates"] == 1 and line["train/updates"] == 0 and "train/loss" not in line
@@ -255,6 +265,41 @@ def workers():
     return found
 
 
+# --- weights on their way to the engine
+
+class Watched(TransformersEngine):
+    """An engine with weights of its own that notes in `events` what it is asked: "train" and "eval", with the number of
+    weights it was given before; in `given`, a fingerprint of each of these."""
+
+    def __init__(self):
+        super().__init__(*tiny_policy(), batch_size=64)
+        self.events, self.given = [], []
+
+    def load_weights(self, source):
+        super().load_weights(source)
+        self.given.append(sum(p.double().abs().sum().item() for p in self.model.parameters()))
+
+    def generate(self, prompts, sampling, progress=True):
+        before, kind = len(self.given), "train" if sampling.n > 1 else "eval"
+        time.sleep(0.01)  # so that a trainer that does not wait would be seen to push weights in between
+        out = super().generate(prompts, sampling, progress)
+        self.events.append((kind, before))
+        assert len(self.given) == before, "new weights in the middle of an answer"
+        return out
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_which_weights_sample_which_step(tmp_path, overlap):
+    """On-policy: step k is sampled with the weights after k − 1 updates. With overlap, after k − 2: one step off."""
+    config, engine = replace(CONFIG, variant="ahead", overlap=overlap, n_grpo_steps=6, eval_every=3), Watched()
+    quiet_train(tmp_path, config, engine=engine)
+    late = 1 if overlap else 0
+    assert [n for kind, n in engine.events if kind == "train"] == [max(1, k - late) for k in range(1, 7)]
+    assert [n for kind, n in engine.events if kind == "eval"] == [1, 4, 7]  # the newest: before, after 3, after 6
+    moved = [line["train/updates"] > 0 for line in metrics_of(tmp_path, config)[1:]]
+    assert [a != b for a, b in zip(engine.given, engine.given[1:])] == moved and any(moved)
+
+
 def test_overlap_needs_an_engine_of_its_own(tmp_path):
     ahead = replace(CONFIG, variant="ahead", overlap=True)
     with pytest.raises(ValueError, match="overlap needs an engine with weights of its own"):
@@ -262,6 +307,52 @@ def test_overlap_needs_an_engine_of_its_own(tmp_path):
     summary, _ = quiet_train(tmp_path, ahead, engine=TransformersEngine(*tiny_policy()))
     lines = metrics_of(tmp_path, ahead)
     assert summary["steps"] == 12 and lines[-1]["train/reward_mean"] > lines[1]["train/reward_mean"]
+
+
+def test_a_group_answers_one_question_and_has_its_truth():
+    problems, engine = grpo_problems("train"), CallsAt(0, None)
+    config = replace(CONFIG, min_tokens=0)
+    asked = []
+    for step in range(1, 13):  # 48 of 50 questions
+        completions, truths = grpo.sample_rollouts(config, engine, problems, step)
+        assert len(completions) == len(truths) == 16
+        for i, (c, truth) in enumerate(zip(completions, truths)):
+            problem, = (p for p in problems if engine.tokenizer.decode(c.prompt_token_ids)
+                        == grpo.fill_prompt(grpo.load_prompt("micro"), p.question))
+            assert truth == problem.ground_truth
+            asked += [problem.question] * (i % 4 == 0)
+            assert problem.question == asked[-1]
+        assert len({c.text for c in completions[:4]}) > 1  # a group's answers have dice of their own
+    assert len(set(asked)) == 48  # none comes twice before all have come
+
+
+def test_every_run_step_and_purpose_has_its_dice():
+    seeds = [grpo.sampling_params(replace(CONFIG, seed=seed), step, 1, purpose).seed
+             for seed in (0, 1) for step in (1, 2) for purpose in (0, 1)]
+    assert len(set(seeds)) == 8 and None not in seeds
+    asked = grpo.sampling_params(replace(CONFIG, seeded_rollouts=False, temperature=0.7), 1, 5, 0)
+    assert (asked.seed, asked.temperature, asked.n) == (None, 0.7, 5)
+    assert (asked.min_tokens, asked.max_tokens) == (CONFIG.min_tokens, CONFIG.max_tokens)
+
+
+def test_train_batches_are_fresh_permutations():
+    config = replace(OFF_POLICY, train_batch_size=4)
+    orders = [list(grpo.train_batches(replace(config, seed=seed), step)) for seed in (0, 1) for step in (1, 2)]
+    for batches in orders:
+        assert [len(b) for b in batches] == [4] * 8  # two epochs of four
+        assert sorted(sum(batches[:4], [])) == sorted(sum(batches[4:], [])) == list(range(16))
+    flat = [tuple(sum(half, [])) for batches in orders for half in (batches[:4], batches[4:])]
+    assert len(set(flat)) == 8  # seed, step and epoch all matter
+    assert orders[0] == list(grpo.train_batches(config, 1))
+
+
+def test_momentum_does_not_move_weights_in_a_step_without_advantages(tmp_path, monkeypatch):
+    """From step 4 on all answers are right: AdamW would go on with a gradient of zero."""
+    engine = Watched()
+    right = lambda response, truth: dict.fromkeys(("format_reward", "answer_reward", "reward"), 1.0)
+    monkeypatch.setattr(grpo, "reward_fn", lambda config: right if len(engine.given) > 3 else digits_reward)
+    quiet_train(tmp_path, engine=engine)
+    assert engine.given[0] != engine.given[3] and len(set(engine.given[3:])) == 1
 
 
 # --- the loss
@@ -323,6 +414,103 @@ def literal_gradient(policy, completions, rewards, advantages, old, loss_type, c
     return total
 
 
+EXTRAS = {name: settings for name, settings in grpo.NAMED.items()} | {
+    "kl": dict(kl_coef=0.1), "tis": dict(tis_cap=1.1), "no baseline, kl": dict(loss_type="no_baseline", kl_coef=0.2),
+    "clip higher": dict(loss_type="grpo_clip", cliprange=0.1, clip_high=0.3),
+    "wide gspo": dict(loss_type="grpo_clip", ratio_level="sequence", cliprange=0.05, clip_high=0.1),
+    "no clip, token": dict(loss_type="grpo_no_clip", length_normalization="token"),
+    "all": dict(loss_type="grpo_clip", cliprange=0.1, clip_high=0.3, kl_coef=0.05, tis_cap=1.2, mask_overlong=True,
+                length_normalization="token", advantage="maxrl", use_std_normalization=False)}
+
+
+def moved_copy(policy, seed, by=3.0):
+    """A copy with random numbers added to its weights."""
+    copy = type(policy)(policy.config).double()
+    copy.load_state_dict(policy.state_dict())
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in copy.parameters():
+            p += by * p.std() * torch.randn(p.shape, generator=draw, dtype=p.dtype)
+    return copy.eval()
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_extras_agree_with_their_formulas(name):
+    """The whole way from rewards to the gradient, in float64, against loops over answers and tokens."""
+    config = eight(**{"max_tokens": 9, **EXTRAS[name]})
+    old_policy = tiny_policy()[0].double()
+    policy, reference = moved_copy(old_policy, 4), moved_copy(old_policy, 2)
+    completions, _ = random_rollouts(seed=3)
+    rng, rewards = random.Random(0), [1.0, 0, 0, 1, 0, 0, 1, 0]
+    for i, c in enumerate(completions):
+        logprobs = [x + rng.gauss(0, 0.3) for x in answer_log_probs(old_policy, c).tolist()]
+        completions[i] = replace(c, logprobs=logprobs, finish_reason="length" if i in (1, 6) else "stop")
+    completions[2] = replace(completions[2], token_ids=[], logprobs=[])
+    advantages, _ = grpo.compute_advantages(config, torch.tensor(rewards, dtype=torch.float64))
+    examples = {i: e for i, e in enumerate(grpo.make_examples(completions, advantages))
+                if grpo.has_gradient(config, completions[i], e.side["advantage"])}
+    examples, _ = grpo.add_log_probs(config, examples, completions, old_policy, reference, pass_tokens=40)
+    batch = grpo.weighted(config, examples, [len(c.token_ids) for c in completions], list(range(8)))
+    metrics = accumulate_gradients(policy, batch, partial(grpo.grpo_loss, config), max_tokens=30)
+    ours = [p.grad.clone() for p in policy.parameters()]
+    policy.zero_grad()
+    loss, clipped, kl = by_their_formulas(config, policy, old_policy, reference, completions, rewards)
+    loss.backward()
+    assert math.isclose(metrics["loss"], loss.item(), rel_tol=1e-6)  # clip_high is a float32 number
+    for a, p in zip(ours, policy.parameters()):
+        torch.testing.assert_close(a, p.grad, rtol=1e-6, atol=1e-9)
+    if config.loss_type == "grpo_clip":
+        assert math.isclose(metrics["clipped"], clipped) and 0 < clipped < 1
+    if config.kl_coef:
+        assert math.isclose(metrics["kl"], kl, rel_tol=1e-9)
+
+
+def answer_log_probs(model, c):
+    """Log-probs (tokens,) of one answer, by one plain forward pass."""
+    if not c.token_ids:
+        return torch.zeros(0, dtype=torch.float64)
+    logits = model(torch.tensor([[*c.prompt_token_ids, *c.token_ids]])).logits[0, len(c.prompt_token_ids) - 1:-1]
+    return logits.log_softmax(-1)[range(len(c.token_ids)), c.token_ids]
+
+
+def paper_advantage(config, rewards, i):
+    """Of answer i: GRPO, Dr. GRPO (no std) or MaxRL (group mean below)."""
+    start = i // config.group_size * config.group_size
+    group = rewards[start:start + config.group_size]
+    if config.loss_type == "no_baseline":
+        return rewards[i]
+    A = rewards[i] - statistics.fmean(group)
+    if config.use_std_normalization:
+        A /= statistics.stdev(group) + config.advantage_eps
+    return A / (statistics.fmean(group) + config.advantage_eps) if config.advantage == "maxrl" else A
+
+
+def by_their_formulas(config, policy, old_policy, reference, completions, rewards):
+    """(loss, clip fraction, mean k3) of a batch, token by token."""
+    n, all_tokens = len(completions), sum(len(c.token_ids) for c in completions)
+    low, high = 1 - config.cliprange, 1 + (config.cliprange if config.clip_high is None else config.clip_high)
+    loss, clipped, kls = 0.0, [], []
+    for i, c in enumerate(completions):
+        if config.mask_overlong and c.finish_reason == "length":
+            continue
+        A, lp, length = paper_advantage(config, rewards, i), answer_log_probs(policy, c), len(c.token_ids)
+        with torch.no_grad():
+            old, ref = answer_log_probs(old_policy, c), answer_log_probs(reference, c)
+        divisor = {"masked_mean": n * length, "masked_normalize": n * config.max_tokens, "token": all_tokens}
+        for t in range(length):
+            rho = (lp - old).mean().exp() if config.ratio_level == "sequence" else (lp[t] - old[t]).exp()
+            capped = min(max(rho, low), high) if config.loss_type == "grpo_clip" else rho
+            term = -min(rho * A, capped * A) if "grpo" in config.loss_type else -A * lp[t]
+            clipped.append(float(A > 0 and rho > high or A < 0 and rho < low))
+            k3 = (ref[t] - lp[t]).exp() - (ref[t] - lp[t]) - 1
+            kls.append(k3.item())
+            term = term + config.kl_coef * k3
+            if config.tis_cap is not None:
+                term = term * min(math.exp(old[t] - c.logprobs[t]), config.tis_cap)
+            loss = loss + term / divisor[config.length_normalization]
+    return loss, statistics.fmean(clipped), statistics.fmean(kls)
+
+
 def test_ratio_is_one_on_the_first_update_and_equal_groups_add_nothing():
     policy, _ = tiny_policy()
     completions, rewards = random_rollouts()
@@ -354,6 +542,26 @@ def test_what_is_logged(tmp_path):
     rollouts = log.read_jsonl(run_folder(asdict(OFF_POLICY), tmp_path) / "rollouts.jsonl")
     assert [r["step"] for r in rollouts] == [0] * 4 + [4] * 4 + [8] * 4 + [12] * 4
     assert len({r["prompt"] for r in rollouts}) == 4  # the same questions each time
+    known = ["train/engine_gap" in line for line in lines]  # at evaluations only, but with tis_cap always
+    assert known == [line["step"] > 0 for line in lines]
+
+
+def test_numbers_of_a_batch():
+    ends = [(3, "stop"), (8, "length"), (4, "stop"), (1, "stop")]
+    made = [Completion("", [5] * n, None, reason, [4]) for n, reason in ends]
+    rewards = [dict(format_reward=f, answer_reward=a, reward=f * a) for f, a in [(1, 1), (0, 1), (1, 0), (1, 0)]]
+    assert grpo.rollout_metrics(made, rewards) == dict(
+        reward_mean=0.25, format_rate=0.75, answer_accuracy=0.5, mean_tokens=4, truncated=0.25)
+    gap = grpo.engine_gap([torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])], [[-1.5, -2.0], [-0.25]])
+    d = np.array([0.5, 0.0, -0.25])
+    expected = dict(engine_gap=abs(d).mean(), engine_gap_max=0.5, engine_kl=(np.exp(d) - d - 1).mean())
+    assert gap == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_gap_is_measured_at_evaluations(tmp_path):
+    quiet_train(tmp_path, replace(CONFIG, n_grpo_steps=5))
+    lines = metrics_of(tmp_path, CONFIG)
+    assert [line["step"] for line in lines if "train/engine_gap" in line] == [4, 5]
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
