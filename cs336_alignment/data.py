@@ -565,8 +565,9 @@ def _hub_file(source: Source, force: bool = False) -> Path:
         return Path(hf_hub_download(source.repo, source.file, revision=source.revision, repo_type="dataset",
                                     force_download=force))
     except Exception as e:  # the hub raises many kinds; all of them mean that the file did not come
-        raise DataMissing(f"could not download {source.file} of {source.repo} ({type(e).__name__}: {e}).\nRun the "
-                          "command again to go on, or copy the files from elsewhere and set CS336_DATA") from e
+        raise DataMissing(
+            f"could not download {source.file} of {source.repo} ({type(e).__name__}: {e}).\nThree ways on: run the command "
+            "again; set CS336_DATA to a folder that has the files; pass a file's path instead of the set's name") from e
 
 
 def _parquet_rows(path: Path) -> list[dict]:

@@ -949,8 +949,8 @@ def r1_zero_reward_fn(response: str, ground_truth, fast: bool = True) -> dict[st
 
 
 def question_only_reward_fn(response: str, ground_truth, fast: bool = True) -> dict[str, float]:
-    """The same rewards for the question_only prompt: formatted means that there is a `\\boxed{}`, and the last one
-    is the answer."""
+    """The same rewards for the question_only prompt (handout §8): formatted means that there is a `\\boxed{}`
+    anywhere, and the last one is the answer. Arguments and errors as for `r1_zero_reward_fn`."""
     return _score(read_question_only, response, ground_truth)
 
 # %% ../nbs/03_rewards.ipynb #e529b838
@@ -960,7 +960,8 @@ def grade_batch(reward_fn: Callable, responses: Sequence[str], ground_truths: Se
     `timeout_s` and `memory_mb`.
 
     reward_fn: one of this module's two; any other function is called once per response. workers: default one a CPU,
-    at most 8.
+    at most 8. timeout_s in seconds, memory_mb in MiB. Raises ValueError if the lists differ in length, TypeError for a
+    ground truth that is no str, number or list of them.
     """
     if len(responses) != len(ground_truths):
         raise ValueError(f"{len(responses)} responses but {len(ground_truths)} ground truths")

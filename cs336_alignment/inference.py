@@ -7,12 +7,13 @@ __all__ = ['Tokenizer', 'Prompts', 'Decode', 'Tick', 'Row', 'Layout', 'SamplingP
            'gumbel_rows', 'SeededSampler', 'find_stop', 'cut_response', 'StopWhenAllEnded', 'Request',
            'tokenize_prompts', 'make_requests', 'Lifecycle', 'Engine', 'named_weights', 'plain_generation',
            'eos_and_decode', 'pad_left', 'sample_batch', 'sample_in_batches', 'copy_weights', 'check_fit',
-           'free_memory', 'TransformersEngine', 'vllm_params', 'completion_row', 'forwarding_bar', 'environment',
-           'kept_random_state', 'LocalVLLM', 'vllm_generate', 'vllm_load_weights', 'repack_output_layer',
-           'vllm_cleanup', 'plan_layout', 'tensor_views', 'map_file', 'make_shared_file', 'ReplicaServer',
-           'serve_replica', 'kv_cache_bytes', 'Replica', 'ask', 'listen', 'ask_all', 'end_replicas', 'visible_gpus',
-           'place_replicas', 'ReplicaTeam', 'team_run', 'team_load_weights', 'vllm_version', 'vllm_problem',
-           'vllm_args', 'VLLMEngine', 'start_backend', 'make_engine']
+           'free_memory', 'usual_batch_size', 'TransformersEngine', 'vllm_params', 'completion_row', 'forwarding_bar',
+           'environment', 'kept_random_state', 'start_llm', 'shut_down', 'LocalVLLM', 'vllm_generate',
+           'vllm_load_weights', 'repack_output_layer', 'vllm_cleanup', 'plan_layout', 'tensor_views', 'map_file',
+           'make_shared_file', 'ReplicaServer', 'serve_replica', 'kv_cache_bytes', 'share_gpu', 'Replica', 'ask',
+           'listen', 'ask_all', 'end_replicas', 'visible_gpus', 'place_replicas', 'start_replicas', 'ReplicaTeam',
+           'team_run', 'team_load_weights', 'vllm_version', 'vllm_problem', 'vllm_args', 'BackedEngine', 'VLLMEngine',
+           'start_backend', 'make_engine']
 
 # %% ../nbs/04_inference.ipynb #5409f91d
 import contextlib
@@ -193,9 +194,8 @@ class StopWhenAllEnded(StoppingCriteria):
         if tail[-1] in self.eos_ids and not self.sampling.ignore_eos:
             return True
         stop = self.sampling.stop
-        if length <= self.sampling.min_tokens or not stop or not find_stop(self.decode(tail), stop):
-            return False
-        return not find_stop(self.decode(tail[:-1]), stop)  # completed now, not before min_tokens
+        completed = lambda ids: bool(stop) and find_stop(self.decode(ids), stop) is not None
+        return length > self.sampling.min_tokens and completed(tail) and not completed(tail[:-1])  # now, not earlier
 
 # %% ../nbs/04_inference.ipynb #326ef26d
 class Request(NamedTuple):
@@ -370,6 +370,11 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 # %% ../nbs/04_inference.ipynb #979da08f
+def usual_batch_size(model: PreTrainedModel) -> int:
+    """Rows a batch: 256 for a small model, whose step takes about as long for 256 as for 32; else 32 on a CPU, 128."""
+    return 256 if model.num_parameters() < 10**7 else 32 if model.device.type == "cpu" else 128
+
+# %% ../nbs/04_inference.ipynb #151ea160
 class TransformersEngine(Engine):
     """Sampling with transformers' `generate`. `model`: a name or path for `load_policy`, owned by the engine; or a live
     model with its tokenizer, which stays the caller's: a model in training samples with its current weights."""
@@ -381,8 +386,7 @@ class TransformersEngine(Engine):
         if (tokenizer or loaded) is None:
             raise ValueError("a live model needs its tokenizer: TransformersEngine(model, tokenizer)")
         self.tokenizer, self.device = tokenizer or loaded, self.model.device
-        small = self.model.num_parameters() < 10**7  # a step then takes about as long for 256 rows as for 32
-        self.batch_size = batch_size or (256 if small else 32 if self.device.type == "cpu" else 128)
+        self.batch_size = batch_size or usual_batch_size(self.model)
         self.context = self.model.config.max_position_embeddings
 
     def _run(self, requests, sampling, tick):
@@ -450,16 +454,28 @@ def kept_random_state():
     np.random.set_state(states[1])
 
 # %% ../nbs/04_inference.ipynb #fa725f06
+def start_llm(**args):
+    """A `vllm.LLM` in this process. The random generators and `sys.stdout` are afterwards as they were."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import LLM
+    with (environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"), kept_random_state(),
+          contextlib.redirect_stdout(sys.__stdout__)):
+        return LLM(**args)
+
+
+def shut_down(llm, can_sleep: bool) -> None:
+    """Ends the engine inside `llm`; its memory is free once nothing refers to it and `vllm_cleanup` has been called."""
+    if can_sleep:
+        llm.sleep(level=2)  # what sleep mode allocated stays allocated otherwise
+    llm.llm_engine.engine_core.shutdown()
+
+# %% ../nbs/04_inference.ipynb #d3aebbe4
 class LocalVLLM(Lifecycle):
     """One vLLM engine in this process. `args` are those of `vllm.LLM`."""
 
     def __init__(self, **args):
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        from vllm import LLM
-        with (environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"), kept_random_state(),
-              contextlib.redirect_stdout(sys.__stdout__)):
-            self.llm = LLM(**args)
-        self.context, self.can_sleep = self.llm.model_config.max_model_len, args.get("enable_sleep_mode", False)
+        self.llm, self.can_sleep = start_llm(**args), args.get("enable_sleep_mode", False)
+        self.context = self.llm.model_config.max_model_len
 
     def run(self, requests: Sequence[Request], sampling: SamplingParams, tick: Tick | None) -> list[Row]:
         return vllm_generate(self.llm, requests, sampling, tick)
@@ -475,9 +491,7 @@ class LocalVLLM(Lifecycle):
 
     def close(self):
         if self.llm is not None:
-            if self.can_sleep:
-                self.llm.sleep(level=2)  # what sleep mode allocated stays allocated otherwise
-            self.llm.llm_engine.engine_core.shutdown()
+            shut_down(self.llm, self.can_sleep)
             self.llm = None
             vllm_cleanup()
 
@@ -561,10 +575,7 @@ class ReplicaServer:
         self.engine, self.mapped = None, {}
 
     def start(self, tick, args: dict, gpu_share: float | None) -> int:
-        if gpu_share is not None:
-            share = args["gpu_memory_utilization"] * gpu_share
-            args |= dict(gpu_memory_utilization=share, kv_cache_memory_bytes=kv_cache_bytes(args["model"], share))
-        self.engine = LocalVLLM(**args)
+        self.engine = LocalVLLM(**args if gpu_share is None else share_gpu(args, gpu_share))
         return self.engine.context
 
     def run(self, tick, requests: list[tuple], sampling: dict, progress: bool) -> list[tuple]:
@@ -612,6 +623,12 @@ def kv_cache_bytes(model: str, gpu_share: float) -> int:
         raise ValueError(f"{gpu_share:.2f} of {total / 2**30:.0f} GiB is too little for a replica: it leaves "
                          f"{left / 2**30:.1f} GiB for keys and values. Fewer replicas or more gpu_memory_utilization?")
     return left
+
+
+def share_gpu(args: dict, part: float) -> dict:
+    """`args` of `vllm.LLM` for a replica that gets this part (0 to 1) of what they allow on its GPU."""
+    share = args["gpu_memory_utilization"] * part
+    return args | dict(gpu_memory_utilization=share, kv_cache_memory_bytes=kv_cache_bytes(args["model"], share))
 
 # %% ../nbs/04_inference.ipynb #1cf0f7f5
 class Replica:
@@ -703,19 +720,26 @@ def place_replicas(replicas: int, gpus: list[str],
     return [({"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1"}, [], 1 / homes.count(gpu)) for gpu in homes]
 
 # %% ../nbs/04_inference.ipynb #32f87228
+def start_replicas(places: list[tuple[dict[str, str], list[int], float | None]], args: dict) -> tuple[list[Replica], int]:
+    """A replica in each of `place_replicas`' places, started at the same time; and their context in tokens.
+
+    All are ended if one cannot start (RuntimeError with its traceback or log) or the call is interrupted."""
+    replicas = [Replica(i, variables, cores) for i, (variables, cores, _) in enumerate(places)]
+    try:
+        return replicas, ask_all(replicas, "start", [(args, share) for _, _, share in places])[0]
+    except BaseException:
+        end_replicas(replicas)
+        raise
+
+# %% ../nbs/04_inference.ipynb #613aa183
 class ReplicaTeam(Lifecycle):
     """vLLM engines in processes of their own, with the interface of `LocalVLLM`. `gpus` as `CUDA_VISIBLE_DEVICES`."""
 
     def __init__(self, replicas: int, gpus: list[str], args: dict):
         places = place_replicas(replicas, gpus, sorted(os.sched_getaffinity(0)))
         self.dtype, self.layout, self.path, self.memory = getattr(torch, args["dtype"]), None, None, None
-        self.replicas = [Replica(i, variables, cores) for i, (variables, cores, _) in enumerate(places)]
+        self.replicas, self.context = start_replicas(places, args)
         self.end = weakref.finalize(self, end_replicas, self.replicas)  # also when the interpreter exits
-        try:
-            self.context = ask_all(self.replicas, "start", [(args, share) for _, _, share in places])[0]
-        except BaseException:
-            self.end()
-            raise
 
     def run(self, requests, sampling, tick):
         return team_run(self.replicas, requests, sampling, tick)
@@ -774,7 +798,7 @@ def vllm_problem() -> str | None:
     usable = torch.cuda.is_available() or vllm_version().endswith("CPU")
     return None if usable else "vLLM is installed, but torch sees no GPU. Check nvidia-smi and CUDA_VISIBLE_DEVICES."
 
-
+# %% ../nbs/04_inference.ipynb #795618b9
 def vllm_args(path: str, *, gpu_memory_utilization: float = 0.85, max_model_len: int | None = None,
               dtype: str | None = None, seed: int | None = None, enforce_eager: bool = False, **others) -> dict[str, Any]:
     """Arguments for `vllm.LLM`. `dtype`: the checkpoint's own unless given (vLLM would turn float32 into float16).
@@ -788,7 +812,25 @@ def vllm_args(path: str, *, gpu_memory_utilization: float = 0.85, max_model_len:
                 seed=seed, enforce_eager=enforce_eager) | others
 
 # %% ../nbs/04_inference.ipynb #4f4767ce
-class VLLMEngine(Engine):
+class BackedEngine(Engine):
+    """An engine whose work a backend does (`LocalVLLM` or `ReplicaTeam`), which it owns. Subclasses set `backend`,
+    `can_sleep`, and `skeleton`: the model on the meta device, names and shapes without memory."""
+
+    def load_weights(self, source):
+        check_fit(named := named_weights(source), self.skeleton)
+        self.backend.load_weights(named)
+
+    def sleep(self):
+        if torch.cuda.is_available() and not self.can_sleep:
+            raise RuntimeError("this engine cannot sleep: make it with enable_sleep=True")
+        self.backend.sleep()
+
+    def close(self):
+        self.closed = True
+        self.backend.close()
+
+# %% ../nbs/04_inference.ipynb #b094bf49
+class VLLMEngine(BackedEngine):
     """Sampling with vLLM, through its public interfaces only. `model`: a name or path for `model_dir`.
 
     Replicas live in processes of their own, on all visible GPUs in turn or on `devices` (indices into those); those on
@@ -810,19 +852,6 @@ class VLLMEngine(Engine):
         self._run, self.wake = self.backend.run, self.backend.wake
         with torch.device("meta"):  # names and shapes without memory: vLLM notices a misfit too late to undo it
             self.skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-
-    def load_weights(self, source):
-        check_fit(named := named_weights(source), self.skeleton)
-        self.backend.load_weights(named)
-
-    def sleep(self):
-        if torch.cuda.is_available() and not self.can_sleep:
-            raise RuntimeError("this engine cannot sleep: make it with enable_sleep=True")
-        self.backend.sleep()
-
-    def close(self):
-        self.closed = True
-        self.backend.close()
 
 # %% ../nbs/04_inference.ipynb #14164df3
 def start_backend(replicas: int, devices: Sequence[int] | None, in_process: bool | None,

@@ -14,6 +14,7 @@ import pytest
 from hostile_answers import CANARY, FAMILIES, RESPONSES
 
 from cs336_alignment import drgrpo_grader as grader
+from cs336_alignment.data import DataMissing, load_problems, read_jsonl
 from cs336_alignment.drgrpo_grader import grade_batch, question_only_reward_fn, r1_zero_reward_fn, same_answer, start_workers
 
 HARD = (r"\sin 2x", r"2 \sin x \cos x")  # a pair that only algebra can decide
@@ -164,3 +165,28 @@ def test_no_orphans(tmp_path, ending):
 def test_importing_is_light():
     code = "import sys, cs336_alignment.drgrpo_grader; print([m for m in ('torch', 'sympy', 'math_verify', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_every_gsm8k_gold_equals_itself_in_every_form_and_no_other_gold():
+    try:
+        golds = list({p.ground_truth for split in ("train", "test") for p in load_problems("gsm8k", split)})
+    except DataMissing:
+        pytest.skip("GSM8K is not here: python -m cs336_alignment.data get gsm8k")
+    forms = ["{}", "${}", "{}.00", "{:,}", "{} dollars", "\\boxed{{{} eggs}}"]
+    view = lambda text: grader.view(grader.normalise(grader.read_r1_zero(wrap(text))[1]))
+    known = {gold: grader.view(grader.normalise(gold)) for gold in golds}
+    assert len(golds) > 900
+    for gold in golds:
+        written = [form.format(int(gold)) for form in forms]
+        assert all(r1_zero_reward_fn(wrap(answer), gold)["reward"] == 1.0 for answer in written), written
+        others = [other for other in golds if other != gold]
+        for answer in map(view, written):
+            assert not [other for other in others if grader.compare(answer, known[other]) is not False], (answer, gold)
+
+
+def test_labelled_pairs_of_public_graders():
+    path = Path(os.environ.get("CS336_GRADER_CASES") or Path(__file__).parents[2] / "shared/data/grader/equiv_cases.jsonl")
+    if not path.is_file():
+        pytest.skip("these pairs are not ours to ship: name the file in CS336_GRADER_CASES")
+    result = grader.measure([case for case in read_jsonl(path) if not case["policy"]])
+    assert result["wrong_accepts"] <= 8 and result["wrong_refusals"] <= 10, result["errors"]
