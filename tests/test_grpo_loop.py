@@ -3,9 +3,10 @@
 Runs that are killed happen in child processes made by fork, so that the imports are paid for once. The policy is a
 tiny Llama with the micro model's tokenizer; its reward is one that it can get by chance (a digit in the answer), so
 that there is something to learn."""
-import contextlib, io, math, os, random, signal, statistics, time
+import contextlib, io, math, os, random, signal, statistics, subprocess, sys, time
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np, pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -122,6 +123,11 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path):
     assert without_rounding(stopped) == without_rounding(whole)
 
 
+def test_ctrl_c_in_the_last_step_finishes_the_run(tmp_path):
+    summary, said = quiet_train(tmp_path, engine=CallsAt(15, ctrl_c))  # evaluations at 0, 4, 8 and steps 1 … 12
+    assert summary["steps"] == 12 and "will stop after this step" in said and "stopped by hand" not in said
+
+
 def without_rounding(records):
     """Two engines may sum in another order; rewards and lengths must still be the same."""
     keys = ("step", "train/reward_mean", "train/mean_tokens", "eval/answer_accuracy", "eval/mean_tokens")
@@ -168,9 +174,10 @@ def test_the_loops_own_engine_is_closed_on_every_way_out(tmp_path, monkeypatch, 
         return made[-1]
 
     monkeypatch.setattr(grpo, "make_engine", make)
+    before = signal.getsignal(signal.SIGINT)
     with way_out:
         quiet_train(tmp_path)
-    assert made[0].closed and len(made) == 1
+    assert made[0].closed and len(made) == 1 and signal.getsignal(signal.SIGINT) is before
 
 
 # --- what goes wrong in a step
@@ -541,9 +548,23 @@ def test_what_is_logged(tmp_path):
     assert [line["step"] for line in lines if "eval/answer_accuracy" in line] == [0, 4, 8, 12]
     rollouts = log.read_jsonl(run_folder(asdict(OFF_POLICY), tmp_path) / "rollouts.jsonl")
     assert [r["step"] for r in rollouts] == [0] * 4 + [4] * 4 + [8] * 4 + [12] * 4
-    assert len({r["prompt"] for r in rollouts}) == 4  # the same questions each time
+    unseen = [grpo.fill_prompt(grpo.load_prompt("micro"), p.question) for p in grpo_problems("test")[:4]]
+    assert [r["prompt"] for r in rollouts] == unseen * 4  # the same questions each time, of the test split
     known = ["train/engine_gap" in line for line in lines]  # at evaluations only, but with tis_cap always
     assert known == [line["step"] > 0 for line in lines]
+
+
+def test_the_kl_term_is_to_the_starting_policy(tmp_path):
+    config = replace(CONFIG, variant="kl", kl_coef=0.01, n_grpo_steps=6)  # on-policy: to itself it would be zero
+    quiet_train(tmp_path, config)
+    kl = [line["train/kl"] for line in metrics_of(tmp_path, config)[1:]]
+    assert abs(kl[0]) < 1e-9 and kl[-1] > 1e-4
+
+
+def test_the_learning_rate_is_the_configurations(tmp_path):
+    engine = Watched()
+    quiet_train(tmp_path, replace(CONFIG, learning_rate=0.0, n_grpo_steps=3), engine=engine)
+    assert len(engine.given) == 4 and len(set(engine.given)) == 1
 
 
 def test_numbers_of_a_batch():
@@ -562,6 +583,11 @@ def test_the_gap_is_measured_at_evaluations(tmp_path):
     quiet_train(tmp_path, replace(CONFIG, n_grpo_steps=5))
     lines = metrics_of(tmp_path, CONFIG)
     assert [line["step"] for line in lines if "train/engine_gap" in line] == [4, 5]
+    for line in lines[1:]:
+        assert line["train/share_trained"] == pytest.approx(1 - line["train/share_equal_groups"])
+        seconds = sum(line[f"train/s_{phase}"] for phase in ("rollout", "reward", "old", "update", "sync"))
+        prompt = line["train/tokens_per_s"] * seconds / 16 - line["train/mean_tokens"]
+        assert 29 < prompt < 45  # tokens: a prompt is a line of characters
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
@@ -570,3 +596,23 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     assert quiet_train(tmp_path, short, engine=CallsAt(1, lambda: pytest.fail("it sampled")))[0] == first
     with pytest.raises(log.RunConflict, match="learning_rate"):
         quiet_train(tmp_path, replace(short, learning_rate=1.0))
+
+
+def test_the_command_stops_at_ctrl_c_and_keeps_its_settings(tmp_path, python_handles_ctrl_c):
+    """As a script, on the micro model."""
+    script = str(Path(grpo.__file__))
+    settings = "rollout_batch_size=16 train_batch_size=16 n_eval=8 max_tokens=16 eval_every=2 checkpoint_every=100".split()
+    command = [sys.executable, script, "--track", "micro", "--variant", "cli", "--root", str(tmp_path),
+               *(word for s in settings for word in ("--set", s))]
+    environment = os.environ | {"WANDB_MODE": "disabled"}
+    log_file = tmp_path / "grpo_micro" / "cli_seed0" / "metrics.jsonl"
+    process = subprocess.Popen([*command, "--steps", "400"], env=environment, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    while process.poll() is None and (not log_file.exists() or log_file.read_text().count("\n") < 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by hand, safe after step" in said, said
+    assert "Traceback" not in said and not (log_file.parent / "summary.json").exists()
+    again = subprocess.run([*command, "--steps", "4"], env=environment, capture_output=True, text=True)
+    assert again.returncode == 2 and "n_grpo_steps (400 there, 4 now)" in again.stderr, again.stderr
