@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,13 +24,13 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cs336_alignment import grpo  # noqa: E402
-from cs336_alignment.data import load_problems, repo_root  # noqa: E402
+from cs336_alignment.data import load_problems  # noqa: E402
 from cs336_alignment.inference import Engine, SamplingParams, make_engine  # noqa: E402
 from cs336_alignment.log import run_folder  # noqa: E402
 from cs336_alignment.models import TRACKS, load_policy  # noqa: E402
 from cs336_alignment.sft_math_reasoning import (SIZES, best_tuning, filter_traces, make_traces, policy_name,  # noqa: E402
                                                 quality_configs, sft, sft_config, shared_engine, tuning_configs, update_count)
-from cs336_alignment.sft_math_reasoning_ei import expert_iteration, rate_configs, variation_configs  # noqa: E402
+from cs336_alignment.sft_math_reasoning_ei import expert_iteration, variation_configs  # noqa: E402
 
 TEACHER = "n1024_seed0"  # its responses are the traces of the stage `quality`
 TRACED = {"micro": None, "pocket": 4096, "course": None}  # problems that it solves; None: the track's pool
@@ -73,7 +74,7 @@ class Worker:
     def run(self, work, configs: list[dict], keep: bool = False) -> None:
         for config in configs:
             begin = time.perf_counter()
-            s = work(config, self.engine, self.root, keep=keep, progress=False, compiled=self.compiled)
+            s = work(config, self.engine, self.root, keep=keep, progress=False, compiled=self.compiled, checkpoint_s=60)
             print(f"{policy_name(config)}: {s['final']['answer_accuracy']:.1%} after {s['steps']} steps, "
                   f"{time.perf_counter() - begin:.0f} s", flush=True)
 
@@ -118,43 +119,44 @@ def updates(w: Worker) -> None:
 
 def gsm8k(w: Worker) -> None:
     """GSM8K's own 7,473 worked solutions, evaluated on its test set."""
-    w.run(sft, [sft_config(w.track, None, w.seed, variant="gsm8k", data="gsm8k", eval_data="gsm8k", n_eval=1319, **w.tuned())],
-          keep=True)
+    w.run(sft, [sft_config(w.track, None, w.seed, variant="gsm8k", data="gsm8k", eval_data="gsm8k", n_eval=1319, epochs=3,
+                           evaluations=2, **w.tuned())], keep=True)
+
+
+def trace_files(w: Worker) -> list[Path]:
+    raw = Path("data") / "traces" / f"{w.track}.jsonl"
+    return [raw, raw.with_name(f"{raw.stem}_filtered.jsonl")]
+
+
+def traces(w: Worker) -> None:
+    """The first process has the teacher solve training problems, and keeps what is right in a second file."""
+    raw, filtered = trace_files(w)
+    if w.seed != w.seeds[0] or filtered.exists():
+        return
+    config = sft_config(w.track)
+    problems = load_problems(config["data"], "train", TRACED[w.track] or config["pool"])
+    model, tokenizer = load_policy(f"sft_experiments_{w.track}/{TEACHER}")
+    engine = w.engine or make_engine(model, tokenizer=tokenizer)
+    engine.load_weights(model)
+    print("traces:", make_traces(engine, problems, config["prompt"], raw, config["max_tokens"], progress=False))
+    print("filtered:", filter_traces(raw, filtered), flush=True)
 
 
 def quality(w: Worker) -> None:
     """Raw traces of a trained teacher, as many of them as are right, and those that are right."""
-    raw = repo_root() / "data" / "traces" / f"{w.track}.jsonl"
-    filtered = raw.with_name(f"{raw.stem}_filtered.jsonl")
-    if w.seed == w.seeds[0] and not filtered.exists():
-        config = sft_config(w.track)
-        problems = load_problems(config["data"], "train", TRACED[w.track] or config["pool"])
-        model, tokenizer = load_policy(f"sft_experiments_{w.track}/{TEACHER}")
-        engine = w.engine or make_engine(model, tokenizer=tokenizer)
-        engine.load_weights(model)
-        print("traces:", make_traces(engine, problems, config["prompt"], raw, config["max_tokens"], progress=False))
-        print("filtered:", filter_traces(raw, filtered), flush=True)
-    w.wait_for([filtered])
-    relative = [path.relative_to(repo_root()) for path in (raw, filtered)]
-    w.run(sft, quality_configs(w.track, *relative, w.seed, **w.tuned()))
-
-
-def ei_tune(w: Worker) -> None:
-    """Learning rates of expert iteration, on problems that neither the starting policy nor the run has trained on."""
-    best = w.tuned()
-    start = tuning_configs(w.track, [best["learning_rate"]], [best["batch_size"]])[0]
-    w.run(expert_iteration, w.share(rate_configs(w.track, policy_name(start))))
+    w.wait_for(trace_files(w))
+    fewer = {} if w.track == "micro" else {"epochs": 3, "evaluations": 1}
+    w.run(sft, quality_configs(w.track, *trace_files(w), w.seed, **w.tuned() | fewer))
 
 
 def ei(w: Worker) -> None:
-    """Five steps of expert iteration: the base, then G, epochs and |D_b|, one at a time."""
-    tuning = w.root / f"ei_tuning_{w.track}"
-    if w.track != "micro":
-        w.wait_for([run_folder(c, w.root) / "summary.json" for c in rate_configs(w.track, "")])
-    best = best_tuning(tuning, "learning_rate") if tuning.exists() else {}
-    configs = variation_configs(w.track, w.seed, **best)
-    w.run(expert_iteration, configs[:1], keep=True)
-    w.run(expert_iteration, configs[1:])
+    """Five steps of expert iteration."""
+    w.run(expert_iteration, variation_configs(w.track, w.seed)[:1], keep=True)
+
+
+def ei_vary(w: Worker) -> None:
+    """G, the epochs and |D_b|, one at a time; the larger values first, since they say more."""
+    w.run(expert_iteration, sorted(variation_configs(w.track, w.seed)[1:], key=lambda c: c["variant"] in ("G2", "epochs1")))
 
 
 def benchmark(w: Worker) -> None:
@@ -183,18 +185,25 @@ def grpo_runs(w: Worker) -> None:
         grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled)
 
 
-STAGES = {"tune": tune, "sft": sizes, "gsm8k": gsm8k, "quality": quality, "ei_tune": ei_tune, "ei": ei, "updates": updates,
-          "benchmark": benchmark, "grpo_lr": grpo_lr, "grpo": grpo_runs}
+STAGES = {"tune": tune, "sft": sizes, "traces": traces, "ei": ei, "benchmark": benchmark, "ei_vary": ei_vary, "gsm8k": gsm8k,
+          "quality": quality, "updates": updates, "grpo_lr": grpo_lr, "grpo": grpo_runs}
 
 
 def work(seed: int, seeds: list[int], stages: list[str], track: str, root: Path, compiled: bool, share: float) -> None:
     """The stages of one seed, in this process."""
+    failed = []
     with shared_engine(TRACKS[track].model, gpu_memory_utilization=share) as engine:
         worker = Worker(seed, seeds, track, root, engine and Remembering(engine), compiled)
         for stage in stages:
             begin = time.perf_counter()
-            STAGES[stage](worker)
+            try:
+                STAGES[stage](worker)
+            except Exception:  # the other stages may still run
+                traceback.print_exc()
+                failed.append(stage)
+                (root / "stop").touch()
             print(f"== {stage}: {time.perf_counter() - begin:.0f} s", flush=True)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 def main(stages: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(STAGES)}; default: all")] = None,

@@ -90,6 +90,7 @@ class Run:
     step: int = 0  # of the last checkpoint; 0: none
     logged: int = 0  # the last step that was logged
     wall_before: float = 0.0  # seconds up to the last checkpoint that was restored
+    saved: float = 0.0  # seconds up to the last checkpoint
     started: float = field(default_factory=time.perf_counter)
     bar: tqdm | None = None
     mirror: "Mirror | None" = None
@@ -355,21 +356,24 @@ def write_checkpoint(folder: Path, state: dict, position: dict) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 # %% ../nbs/07_runs_and_logging.ipynb #7848dc59
-def save_checkpoint(run: Run, step: int, parts: dict, extra: dict | None = None) -> None:
+def save_checkpoint(run: Run, step: int, parts: dict, extra: dict | None = None, after_s: float = 0.0) -> None:
     """Save all that is needed to go on after `step`; the last thing a step does.
 
     parts: by name, objects with `state_dict` and `load_state_dict` (model, optimizer, scheduler, …). extra: plain data.
-    The generators' state is added. Atomic; the previous checkpoint is removed once this one is safe. Raises TypeError
-    for data that could not be loaded safely, ValueError for a step that has one, DiskFull (the previous one stays).
+    The generators' state is added. Atomic; the previous checkpoint is removed once this one is safe. after_s: do nothing
+    if fewer seconds have passed since the last one (or the start). Raises TypeError for data that could not be loaded
+    safely, ValueError for a step that has one, DiskFull (the previous one stays).
     """
     if step <= run.step:
         raise ValueError(f"step {step} is not after the last checkpoint, of step {run.step}")
+    if wall_s(run) - run.saved < after_s:
+        return
     state = {"parts": {name: portable(part.state_dict(), name) for name, part in parts.items()},
              "extra": portable(extra, "extra"), "rng": rng_state()}
     with guarded(run, f"the checkpoint of step {step}"):
         lengths = sync_logs(run.folder)
         write_checkpoint(run.folder, state, {"step": step, "wall_s": wall_s(run), "bytes": lengths})
-    run.step = run.logged = step
+    run.step, run.logged, run.saved = step, step, wall_s(run)
 
 # %% ../nbs/07_runs_and_logging.ipynb #1240df77
 def find_checkpoint(folder: Path) -> Path | None:
@@ -392,7 +396,7 @@ def rewind(run: Run) -> None:
         if size > length:
             os.truncate(path, length)
     run.step = run.logged = position["step"]
-    run.wall_before, run.started = position["wall_s"], time.perf_counter()
+    run.wall_before, run.saved, run.started = position["wall_s"], position["wall_s"], time.perf_counter()
 
 # %% ../nbs/07_runs_and_logging.ipynb #22a03104
 def restore_checkpoint(run: Run, parts: dict) -> dict | None:

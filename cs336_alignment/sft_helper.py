@@ -268,7 +268,8 @@ def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
     borders = dict(cu_seq_lens_q=packed.cu_seq_lens, cu_seq_lens_k=packed.cu_seq_lens,
                    max_length_q=packed.max_length, max_length_k=packed.max_length)
     with mixed_precision(model):
-        hidden = model.base_model(packed.input_ids, position_ids=packed.position_ids, use_cache=False, **borders)[0]
+        embedded = model.get_input_embeddings()(packed.input_ids).to(compute_dtype(model))  # and with it all residuals
+        hidden = model.base_model(inputs_embeds=embedded, position_ids=packed.position_ids, use_cache=False, **borders)[0]
     return hidden[0].index_select(0, packed.index)
 
 # %% ../nbs/06_sft_helpers.ipynb #9c2d174b

@@ -38,7 +38,8 @@ from .sft_helper import (check_context, compile_policy, make_examples, make_opti
 # %% ../nbs/08_sft.ipynb #9af8e4a1
 SFT_PRESETS = {
     "micro": dict(pool=2048, batch_size=16, learning_rate=1e-3, epochs=1, min_steps=48, n_eval=256, max_tokens=64),
-    "pocket": dict(pool=None, batch_size=64, learning_rate=2e-4, epochs=6, min_steps=100, n_eval=1200, max_tokens=256),
+    "pocket": dict(pool=None, batch_size=32, learning_rate=2e-4, epochs=6, min_steps=100, n_eval=1200, max_tokens=256,
+                   evaluations=3),
     "course": dict(pool=None, batch_size=64, learning_rate=2e-5, epochs=2, min_steps=100, n_eval=1024, max_tokens=1024)}
 
 
@@ -121,12 +122,13 @@ def evaluate(run, step: int, engine, model, tokenizer, problems: list[Problem], 
 
 # %% ../nbs/08_sft.ipynb #f7c29935
 def sft(config: dict, engine=None, root: Path | str | None = None, force: bool = False, keep: bool = True,
-        progress: bool | None = None, compiled: bool = False) -> dict:
+        progress: bool | None = None, compiled: bool = False, checkpoint_s: float = 0.0) -> dict:
     """Finetunes a policy as `config` (from `sft_config`) says, and returns the run's summary; a finished run is read.
 
     engine: samples at evaluations (default: transformers, from the live policy). keep: save the policy under the run's
     name, for `load_policy`. compiled: compile the policy's layers, which pays in long runs on a GPU. A killed run
-    continues from its last evaluation. Raises DataError, DataMissing, RunConflict.
+    continues from its last checkpoint, made at evaluations that come at least `checkpoint_s` seconds after the one
+    before. Raises DataError, DataMissing, RunConflict.
     """
     pairs, problems = training_pairs(config), problem_sets(config)[1]
     with open_run(config, root, force) as run:
@@ -138,7 +140,8 @@ def sft(config: dict, engine=None, root: Path | str | None = None, force: bool =
             compile_policy(model)
         examples = make_examples(*zip(*pairs), tokenizer)
         check_context(model, examples)
-        train(run, model, tokenizer, examples, problems, engine or TransformersEngine(model, tokenizer), progress)
+        train(run, model, tokenizer, examples, problems, engine or TransformersEngine(model, tokenizer), progress,
+              checkpoint_s)
         if keep:
             save_policy(model, tokenizer, policy_name(config))
         return finish_run(run, n_train=len(pairs))
@@ -149,7 +152,7 @@ def policy_name(config: dict) -> str:
     return str(run_folder(config, "").as_posix())
 
 # %% ../nbs/08_sft.ipynb #2f7a10e3
-def train(run, model, tokenizer, examples, problems, engine, progress=None) -> None:
+def train(run, model, tokenizer, examples, problems, engine, progress=None, checkpoint_s=0.0) -> None:
     """The loop: batches in shuffled order, a warm-up and a linear decay of the learning rate, `evaluations` on the way."""
     config = run.config
     size, total = config["batch_size"], update_count(config, len(examples))
@@ -168,7 +171,7 @@ def train(run, model, tokenizer, examples, problems, engine, progress=None) -> N
         log_metrics(run, step, training_metrics(metrics, lr, step * size, time.perf_counter() - begin))
         if step % math.ceil(total / config["evaluations"]) == 0 or step == total:
             evaluate(run, step, engine, model, tokenizer, problems, config)
-            save_checkpoint(run, step, parts)
+            save_checkpoint(run, step, parts, after_s=checkpoint_s)
 
 # %% ../nbs/08_sft.ipynb #7954153e
 def update_count(config: dict, n_examples: int) -> int:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EI_PRESETS', 'VARIATIONS', 'app', 'ei_config', 'sample_groups', 'select_correct', 'finetune', 'ei_step', 'ei_steps',
-           'expert_iteration', 'variation_configs', 'rate_configs', 'main', 'sweep']
+           'expert_iteration', 'variation_configs', 'main', 'sweep']
 
 # %% ../nbs/09_expert_iteration.ipynb #163b46d7
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -31,7 +31,7 @@ from .sft_math_reasoning import (Changes, GpuShare, Replicas, Root, Seeds, chang
 # %% ../nbs/09_expert_iteration.ipynb #634d4a78
 EI_PRESETS = {
     "micro": dict(pool=2048, questions=128, group_size=4, epochs=1, batch_size=16, learning_rate=3e-4, n_eval=256, max_tokens=64),
-    "pocket": dict(pool=None, questions=512, group_size=4, epochs=2, batch_size=64, learning_rate=5e-5, n_eval=1200,
+    "pocket": dict(pool=None, questions=512, group_size=4, epochs=2, batch_size=64, learning_rate=1e-4, n_eval=1200,
                    max_tokens=256),
     "course": dict(pool=None, questions=1024, group_size=4, epochs=2, batch_size=64, learning_rate=1e-5, n_eval=1024,
                    max_tokens=1024)}
@@ -112,7 +112,8 @@ def ei_step(run, step: int, engine, model, optimizer, problems: list[Problem]) -
     return metrics
 
 # %% ../nbs/09_expert_iteration.ipynb #dc2d210e
-def ei_steps(run, engine, model, tokenizer, problems: list[Problem], held_out: list[Problem], progress=None) -> None:
+def ei_steps(run, engine, model, tokenizer, problems: list[Problem], held_out: list[Problem], progress=None,
+             checkpoint_s: float = 0.0) -> None:
     """The loop over expert-iteration steps, from the run's last checkpoint; evaluates on `held_out` after each."""
     parts = {"model": model, "optimizer": make_optimizer(model, run.config["learning_rate"])}
     restore_checkpoint(run, parts)
@@ -122,14 +123,14 @@ def ei_steps(run, engine, model, tokenizer, problems: list[Problem], held_out: l
     for step in training_steps(run, run.config["n_ei_steps"], progress):
         ei_step(run, step, engine, model, parts["optimizer"], problems)
         evaluate(run, step, engine, model, tokenizer, held_out, run.config)  # which loads the new weights
-        save_checkpoint(run, step, parts)
+        save_checkpoint(run, step, parts, after_s=checkpoint_s)
 
 # %% ../nbs/09_expert_iteration.ipynb #9aec152e
 def expert_iteration(config: dict, engine=None, root: Path | str | None = None, force: bool = False, keep: bool = True,
-                     progress: bool | None = None, compiled: bool = False) -> dict:
+                     progress: bool | None = None, compiled: bool = False, checkpoint_s: float = 0.0) -> dict:
     """Algorithm 2 as `config` (from `ei_config`) says; returns the run's summary; a finished run is read.
 
-    engine, keep, compiled: as for `sft`. A killed run continues from the last complete step. Raises DataError, DataMissing,
+    engine, keep, compiled, checkpoint_s: as for `sft`. A killed run continues from its last checkpoint. Raises DataError, DataMissing,
     ModelMissing (train the starting policy first), RunConflict.
     """
     problems, held_out = problem_sets(config)
@@ -141,7 +142,7 @@ def expert_iteration(config: dict, engine=None, root: Path | str | None = None, 
         if compiled:
             compile_policy(model)
         engine = engine or TransformersEngine(model, tokenizer)
-        ei_steps(run, engine, model, tokenizer, problems, held_out, progress)
+        ei_steps(run, engine, model, tokenizer, problems, held_out, progress, checkpoint_s)
         if keep:
             save_policy(model, tokenizer, policy_name(config))
         return finish_run(run)
@@ -157,13 +158,6 @@ def variation_configs(track: str = "pocket", seed: int = 0, **changes) -> list[d
     others = [base | {"variant": f"{short}{value}", name: value} for name, (short, values) in (VARIATIONS | sizes).items()
               for value in values if value != base[name]]
     return [base, *others]
-
-# %% ../nbs/09_expert_iteration.ipynb #411c347b
-def rate_configs(track: str, model: str, rates=(2e-5, 5e-5, 1e-4, 2e-4), seed: int = 0, **changes) -> list[dict]:
-    """One run from `model` for each learning rate, evaluated on held-back training problems, which `model` must not know."""
-    return [ei_config(track, seed, **{"family": "ei_tuning", "variant": f"lr{rate:g}", "model": model, "learning_rate": rate,
-                                      "eval_data": "validation"} | changes) for rate in rates]
-
 
 # %% ../nbs/09_expert_iteration.ipynb #c21a2da0
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
