@@ -79,7 +79,8 @@ def test_losses(cliprange):
     expected = {"no_baseline": naive, "reinforce_with_baseline": -x["advantages"] * x["policy_log_probs"],
                 "grpo_clip": loss, "grpo_no_clip": -x["advantages"] * (x["policy_log_probs"] - x["old_log_probs"]).exp()}
     for loss_type, value in expected.items():
-        got, _ = adapters.run_compute_policy_gradient_loss(loss_type=loss_type, raw_rewards=x["raw_rewards"], **arguments)
+        got, _ = adapters.run_compute_policy_gradient_loss(
+            loss_type=loss_type, raw_rewards=x["raw_rewards"], **arguments)
         torch.testing.assert_close(got, value)
 
 

@@ -164,7 +164,8 @@ def ctrl_c():
 
 @pytest.mark.parametrize("act, way_out", [
     (lambda: None, contextlib.nullcontext()), (ctrl_c, contextlib.nullcontext()),
-    (lambda: (ctrl_c(), ctrl_c()), pytest.raises(KeyboardInterrupt)), (fail, pytest.raises(RunStopped, match="replica 1"))],
+    (lambda: (ctrl_c(), ctrl_c()), pytest.raises(KeyboardInterrupt)),
+    (fail, pytest.raises(RunStopped, match="replica 1"))],
     ids=["finished", "Ctrl-C", "Ctrl-C twice", "failed"])
 def test_the_loops_own_engine_is_closed_on_every_way_out(tmp_path, monkeypatch, python_handles_ctrl_c, act, way_out):
     made = []
@@ -601,9 +602,9 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 def test_the_command_stops_at_ctrl_c_and_keeps_its_settings(tmp_path, python_handles_ctrl_c):
     """As a script, on the micro model."""
     script = str(Path(grpo.__file__))
-    settings = "rollout_batch_size=16 train_batch_size=16 n_eval=8 max_tokens=16 eval_every=2 checkpoint_every=100".split()
+    sizes = "rollout_batch_size=16 train_batch_size=16 n_eval=8 max_tokens=16 eval_every=2 checkpoint_every=100"
     command = [sys.executable, script, "--track", "micro", "--variant", "cli", "--root", str(tmp_path),
-               *(word for s in settings for word in ("--set", s))]
+               *(word for size in sizes.split() for word in ("--set", size))]
     environment = os.environ | {"WANDB_MODE": "disabled"}
     log_file = tmp_path / "grpo_micro" / "cli_seed0" / "metrics.jsonl"
     process = subprocess.Popen([*command, "--steps", "400"], env=environment, text=True, stdout=subprocess.PIPE,
