@@ -7,13 +7,13 @@ __all__ = ['Tokenizer', 'Prompts', 'Decode', 'Tick', 'Row', 'Layout', 'SamplingP
            'gumbel_rows', 'SeededSampler', 'find_stop', 'cut_response', 'StopWhenAllEnded', 'Request',
            'tokenize_prompts', 'make_requests', 'Lifecycle', 'Engine', 'named_weights', 'plain_generation',
            'eos_and_decode', 'pad_left', 'sample_batch', 'sample_in_batches', 'copy_weights', 'check_fit',
-           'free_memory', 'usual_batch_size', 'TransformersEngine', 'vllm_params', 'completion_row', 'forwarding_bar',
-           'environment', 'kept_random_state', 'start_llm', 'shut_down', 'LocalVLLM', 'vllm_generate',
-           'vllm_load_weights', 'repack_output_layer', 'vllm_cleanup', 'plan_layout', 'tensor_views', 'map_file',
-           'make_shared_file', 'ReplicaServer', 'serve_replica', 'kv_cache_bytes', 'share_gpu', 'Replica', 'ask',
-           'listen', 'ask_all', 'end_replicas', 'visible_gpus', 'place_replicas', 'start_replicas', 'ReplicaTeam',
-           'team_run', 'team_load_weights', 'vllm_version', 'vllm_problem', 'vllm_args', 'BackedEngine', 'VLLMEngine',
-           'start_backend', 'make_engine']
+           'free_memory', 'usual_batch_size', 'fast_bfloat16', 'sampling_dtype', 'TransformersEngine', 'vllm_params',
+           'completion_row', 'forwarding_bar', 'environment', 'kept_random_state', 'start_llm', 'shut_down',
+           'LocalVLLM', 'vllm_generate', 'vllm_load_weights', 'repack_output_layer', 'vllm_cleanup', 'plan_layout',
+           'tensor_views', 'map_file', 'make_shared_file', 'ReplicaServer', 'serve_replica', 'kv_cache_bytes',
+           'share_gpu', 'Replica', 'ask', 'listen', 'ask_all', 'end_replicas', 'visible_gpus', 'place_replicas',
+           'start_replicas', 'ReplicaTeam', 'team_run', 'team_load_weights', 'vllm_version', 'vllm_problem',
+           'vllm_args', 'BackedEngine', 'VLLMEngine', 'start_backend', 'make_engine']
 
 # %% ../nbs/04_inference.ipynb #5409f91d
 import contextlib
@@ -24,6 +24,7 @@ import importlib.util
 import io
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -374,6 +375,21 @@ def usual_batch_size(model: PreTrainedModel) -> int:
     """Rows a batch: 256 for a small model, whose step takes about as long for 256 as for 32; else 32 on a CPU, 128."""
     return 256 if model.num_parameters() < 10**7 else 32 if model.device.type == "cpu" else 128
 
+# %% ../nbs/04_inference.ipynb #6227ba8a
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Arm's BF16); False if it cannot be told."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) is not None
+
+
+def sampling_dtype(model: str | Path, device: str | None = None) -> torch.dtype | None:
+    """The dtype in which `model` was saved, if a CPU is to sample from it and is fast at that; None: the usual one."""
+    on_cpu = device.startswith("cpu") if device else not torch.cuda.is_available()
+    return AutoConfig.from_pretrained(model_dir(model)).dtype if on_cpu and fast_bfloat16() else None
+
 # %% ../nbs/04_inference.ipynb #151ea160
 class TransformersEngine(Engine):
     """Sampling with transformers' `generate`. `model`: a name or path for `load_policy`, owned by the engine; or a live
@@ -382,7 +398,8 @@ class TransformersEngine(Engine):
     def __init__(self, model: PreTrainedModel | str | Path, tokenizer: Tokenizer | None = None,
                  batch_size: int | None = None, device: str | None = None, dtype: str | torch.dtype | None = None):
         self.owned = not isinstance(model, nn.Module)
-        self.model, loaded = load_policy(model, device, dtype) if self.owned else (model, None)
+        self.model, loaded = (load_policy(model, device, dtype or sampling_dtype(model, device)) if self.owned
+                              else (model, None))
         if (tokenizer or loaded) is None:
             raise ValueError("a live model needs its tokenizer: TransformersEngine(model, tokenizer)")
         self.tokenizer, self.device = tokenizer or loaded, self.model.device
