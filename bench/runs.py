@@ -20,6 +20,7 @@ from typing import Annotated
 
 import torch
 import typer
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,10 +28,10 @@ from cs336_alignment import grpo  # noqa: E402
 from cs336_alignment.data import load_problems  # noqa: E402
 from cs336_alignment.inference import Engine, SamplingParams, make_engine  # noqa: E402
 from cs336_alignment.log import run_folder  # noqa: E402
-from cs336_alignment.models import TRACKS, load_policy  # noqa: E402
+from cs336_alignment.models import TRACKS, cache_dir, load_policy, trained_policies  # noqa: E402
 from cs336_alignment.sft_math_reasoning import (SIZES, best_tuning, filter_traces, make_traces, policy_name,  # noqa: E402
                                                 quality_configs, sft, sft_config, shared_engine, tuning_configs, update_count)
-from cs336_alignment.sft_math_reasoning_ei import expert_iteration, variation_configs  # noqa: E402
+from cs336_alignment.sft_math_reasoning_ei import expert_iteration, rate_configs, variation_configs  # noqa: E402
 
 TEACHER = "n1024_seed0"  # its responses are the traces of the stage `quality`
 TRACED = {"micro": None, "pocket": 4096, "course": None}  # problems that it solves; None: the track's pool
@@ -82,6 +83,13 @@ class Worker:
         """Those of a list of runs that fall to this process."""
         return configs[self.seeds.index(self.seed)::len(self.seeds)]
 
+    def have(self, config: dict, needed: bool = True) -> None:
+        """Trains a policy again that a finished run has left on another machine: weights are not in the repository."""
+        if needed and policy_name(config) not in trained_policies():
+            with FileLock(cache_dir() / f"again-{config['variant']}_seed{config['seed']}.lock"):
+                sft(config | {"evaluations": 1}, self.engine, self.root / "logs" / "again", keep=True, progress=False,
+                    compiled=self.compiled, checkpoint_s=60)
+
     def wait_for(self, paths: list[Path]) -> None:
         while missing := [path for path in paths if not path.exists()]:
             if (self.root / "stop").exists():
@@ -117,10 +125,14 @@ def updates(w: Worker) -> None:
     w.run(sft, [sft_config(w.track, few, w.seed, variant=f"n{few}_long", min_steps=every, **w.tuned())])
 
 
+def gsm8k_config(w: Worker) -> dict:
+    return sft_config(w.track, None, w.seed, variant="gsm8k", data="gsm8k", eval_data="gsm8k", n_eval=1319, epochs=3, evaluations=2,
+                      **w.tuned())
+
+
 def gsm8k(w: Worker) -> None:
     """GSM8K's own 7,473 worked solutions, evaluated on its test set."""
-    w.run(sft, [sft_config(w.track, None, w.seed, variant="gsm8k", data="gsm8k", eval_data="gsm8k", n_eval=1319, epochs=3,
-                           evaluations=2, **w.tuned())], keep=True)
+    w.run(sft, [gsm8k_config(w)], keep=True)
 
 
 def trace_files(w: Worker) -> list[Path]:
@@ -134,6 +146,7 @@ def traces(w: Worker) -> None:
     if w.seed != w.seeds[0] or filtered.exists():
         return
     config = sft_config(w.track)
+    w.have(sft_config(w.track, 1024, 0, **w.tuned()))
     problems = load_problems(config["data"], "train", TRACED[w.track] or config["pool"])
     model, tokenizer = load_policy(f"sft_experiments_{w.track}/{TEACHER}")
     engine = w.engine or make_engine(model, tokenizer=tokenizer)
@@ -149,18 +162,40 @@ def quality(w: Worker) -> None:
     w.run(sft, quality_configs(w.track, *trace_files(w), w.seed, **w.tuned() | fewer))
 
 
+def ei_tune(w: Worker) -> None:
+    """Learning rates of expert iteration on held-back problems; on the micro track also without a schedule, all seeds."""
+    if w.track == "micro":
+        w.run(expert_iteration, rate_configs(w.track, seed=w.seed, schedules=("linear", "constant")))
+    else:
+        best = w.tuned()
+        start = tuning_configs(w.track, [best["learning_rate"]], [best["batch_size"]])[0]
+        mine = w.share(rate_configs(w.track, policy_name(start)))
+        w.have(start, needed=bool(mine))
+        w.run(expert_iteration, mine)
+
+
+def ei_configs(w: Worker) -> list[dict]:
+    """The base and its variations, at the rate that `ei_tune` found best."""
+    if w.track != "micro":
+        w.wait_for([run_folder(c, w.root) / "summary.json" for c in rate_configs(w.track, "")])
+    best = best_tuning(w.root / f"ei_tuning_{w.track}", "learning_rate") if w.track != "micro" else {}
+    w.have(sft_config(w.track, 1024, w.seed, **w.tuned()), needed=w.track != "micro")
+    return variation_configs(w.track, w.seed, **best)
+
+
 def ei(w: Worker) -> None:
     """Five steps of expert iteration."""
-    w.run(expert_iteration, variation_configs(w.track, w.seed)[:1], keep=True)
+    w.run(expert_iteration, ei_configs(w)[:1], keep=True)
 
 
 def ei_vary(w: Worker) -> None:
     """G, the epochs and |D_b|, one at a time; the larger values first, since they say more."""
-    w.run(expert_iteration, sorted(variation_configs(w.track, w.seed)[1:], key=lambda c: c["variant"] in ("G2", "epochs1")))
+    w.run(expert_iteration, sorted(ei_configs(w)[1:], key=lambda c: c["variant"] in ("G2", "epochs1")))
 
 
 def benchmark(w: Worker) -> None:
     """Policies trained on GSM-Symbolic, evaluated without more training on GSM8K and on templates never seen."""
+    w.have(sft_config(w.track, None, w.seed, **w.tuned()))
     for name, policy in [("sft", f"sft_experiments_{w.track}/nall"), ("ei", f"ei_{w.track}/base")]:
         for data, n in [("gsm8k", 1319), ("data/gsm_symbolic/heldout.jsonl", 500)]:
             w.run(sft, [sft_config(w.track, None, w.seed, family="benchmark", variant=f"{name}_{Path(data).stem}",
@@ -171,6 +206,7 @@ def grpo_lr(w: Worker) -> None:
     """Learning rates of GRPO, one seed each, dealt out to the processes."""
     rates = [grpo.grpo_config(w.track, family="grpo_lr_sweep", variant=f"lr{rate:g}", seed=0, learning_rate=rate,
                               n_grpo_steps=100) for rate in GRPO_RATES]
+    w.have(sft_config(w.track, None, 0, **w.tuned()))
     for config in w.share(rates):
         grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled, keep_policy=False)
 
@@ -179,20 +215,22 @@ def grpo_runs(w: Worker) -> None:
     """200 steps on GSM-Symbolic and on GSM8K, from the policies finetuned on each, at the best rate of the sweep."""
     family = w.root / f"grpo_lr_sweep_{w.track}"
     w.wait_for([family / f"lr{rate:g}_seed0" / "summary.json" for rate in GRPO_RATES])
+    w.have(sft_config(w.track, None, w.seed, **w.tuned()))
+    w.have(gsm8k_config(w))
     for data, start in [("gsm_symbolic", "nall"), ("gsm8k", "gsm8k")]:
         config = grpo.grpo_config(w.track, variant=data, seed=w.seed, train_data=data, eval_data=data,
                                   model=f"sft_experiments_{w.track}/{start}_seed{w.seed}", **best_tuning(family, "learning_rate"))
         grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled)
 
 
-STAGES = {"tune": tune, "sft": sizes, "traces": traces, "ei": ei, "benchmark": benchmark, "ei_vary": ei_vary, "gsm8k": gsm8k,
+STAGES = {"tune": tune, "sft": sizes, "traces": traces, "ei_tune": ei_tune, "ei": ei, "benchmark": benchmark, "ei_vary": ei_vary, "gsm8k": gsm8k,
           "quality": quality, "updates": updates, "grpo_lr": grpo_lr, "grpo": grpo_runs}
 
 
 def work(seed: int, seeds: list[int], stages: list[str], track: str, root: Path, compiled: bool, share: float) -> None:
     """The stages of one seed, in this process."""
     failed = []
-    with shared_engine(TRACKS[track].model, gpu_memory_utilization=share) as engine:
+    with shared_engine(TRACKS[track].model, gpu_memory_utilization=share, max_num_seqs=512) as engine:
         worker = Worker(seed, seeds, track, root, engine and Remembering(engine), compiled)
         for stage in stages:
             begin = time.perf_counter()

@@ -190,12 +190,14 @@ SIZES = (128, 256, 512, 1024, None)
 
 
 @contextmanager
-def shared_engine(model: str, replicas: int = 1, gpu_memory_utilization: float = 0.4):
-    """A vLLM engine for all runs of a command; None where vLLM cannot run: then each run samples from its own policy."""
+def shared_engine(model: str, replicas: int = 1, gpu_memory_utilization: float = 0.4, **options):
+    """A vLLM engine for all runs of a command; None where vLLM cannot run: then each run samples from its own policy.
+
+    options: further arguments of `VLLMEngine`."""
     if vllm_problem():
         yield None
         return
-    with VLLMEngine(model, replicas=replicas, gpu_memory_utilization=gpu_memory_utilization) as engine:
+    with VLLMEngine(model, replicas=replicas, gpu_memory_utilization=gpu_memory_utilization, **options) as engine:
         yield engine
 
 
