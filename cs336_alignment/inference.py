@@ -12,8 +12,8 @@ __all__ = ['Tokenizer', 'Prompts', 'Decode', 'Tick', 'Row', 'Layout', 'SamplingP
            'LocalVLLM', 'vllm_generate', 'vllm_load_weights', 'repack_output_layer', 'vllm_cleanup', 'plan_layout',
            'tensor_views', 'map_file', 'make_shared_file', 'ReplicaServer', 'serve_replica', 'kv_cache_bytes',
            'share_gpu', 'Replica', 'ask', 'listen', 'ask_all', 'end_replicas', 'visible_gpus', 'place_replicas',
-           'start_replicas', 'ReplicaTeam', 'team_run', 'team_load_weights', 'vllm_version', 'vllm_problem',
-           'vllm_args', 'BackedEngine', 'VLLMEngine', 'start_backend', 'make_engine']
+           'start_replicas', 'ReplicaTeam', 'team_run', 'share_memory', 'team_load_weights', 'vllm_version',
+           'vllm_problem', 'vllm_args', 'BackedEngine', 'VLLMEngine', 'start_backend', 'make_engine']
 
 # %% ../nbs/04_inference.ipynb #5409f91d
 import contextlib
@@ -47,6 +47,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import reduce_tensor
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as plain_tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel,
@@ -589,7 +590,7 @@ class ReplicaServer:
     """What a replica process does for its parent: the methods of `LocalVLLM`, with arguments that can be sent."""
 
     def __init__(self):
-        self.engine, self.mapped = None, {}
+        self.engine, self.memory = None, None
 
     def start(self, tick, args: dict, gpu_share: float | None) -> int:
         self.engine = LocalVLLM(**args if gpu_share is None else share_gpu(args, gpu_share))
@@ -598,10 +599,13 @@ class ReplicaServer:
     def run(self, tick, requests: list[tuple], sampling: dict, progress: bool) -> list[tuple]:
         return self.engine.run([Request(*r) for r in requests], SamplingParams(**sampling), tick if progress else None)
 
-    def load_weights(self, tick, path: str, size: int, layout: Layout) -> None:
-        if path not in self.mapped:
-            self.mapped = {path: map_file(path, size)}
-        self.engine.load_weights(tensor_views(self.mapped[path], layout))
+    def attach(self, tick, kind: str, *where) -> None:
+        self.memory = where[0](*where[1]) if kind == "gpu" else map_file(*where)
+
+    def load_weights(self, tick, layout: Layout) -> None:
+        self.engine.load_weights(tensor_views(self.memory, layout))
+        if self.memory.is_cuda:
+            torch.cuda.synchronize()  # the parent may write again
 
     def sleep(self, tick) -> None:
         self.engine.sleep()
@@ -754,7 +758,8 @@ class ReplicaTeam(Lifecycle):
 
     def __init__(self, replicas: int, gpus: list[str], args: dict):
         places = place_replicas(replicas, gpus, sorted(os.sched_getaffinity(0)))
-        self.dtype, self.layout, self.path, self.memory = getattr(torch, args["dtype"]), None, None, None
+        self.dtype, self.layout, self.memory = getattr(torch, args["dtype"]), None, None
+        self.gpus = {variables.get("CUDA_VISIBLE_DEVICES") for variables, _, _ in places}
         self.replicas, self.context = start_replicas(places, args)
         self.end = weakref.finalize(self, end_replicas, self.replicas)  # also when the interpreter exits
 
@@ -783,20 +788,35 @@ def team_run(replicas: list[Replica], requests: Sequence[Request], sampling: Sam
     return [row for rows in ask_all(replicas, "run", calls, tick) for row in rows]
 
 
-def team_load_weights(team: ReplicaTeam, named: list[tuple[str, Tensor]]) -> None:
-    """Writes the weights into the team's shared memory (made on first use) and has every replica load them."""
-    layout, size = plan_layout(named, team.dtype)
-    fresh = layout != team.layout
-    if fresh:
-        team.path = make_shared_file(size)
-        team.memory, team.layout = map_file(team.path, size), layout
+def share_memory(replicas: list[Replica], size: int, on_gpu: bool) -> Tensor:
+    """`size` bytes that every replica has too: on this process's first GPU if `on_gpu` and the driver allows it, else in a
+    file."""
+    if on_gpu:
+        block = torch.empty(size, dtype=torch.uint8, device="cuda:0")
+        try:
+            ask_all(replicas, "attach", [("gpu", *reduce_tensor(block)) for _ in replicas])
+            return block
+        except RuntimeError as error:
+            print(f"weights go through a file, as the GPU's memory cannot be shared: {str(error).splitlines()[-1]}")
+    path = make_shared_file(size)
     try:
-        for (_, target), (_, tensor) in zip(tensor_views(team.memory, layout), named):
-            target.copy_(tensor)
-        ask_all(team.replicas, "load_weights", [(team.path, size, layout)] * len(team.replicas))
+        ask_all(replicas, "attach", [("file", path, size)] * len(replicas))
+        return map_file(path, size)
     finally:
-        if fresh:
-            os.unlink(team.path)  # every replica has it mapped; without a name it cannot be left behind
+        os.unlink(path)  # every replica has it mapped; without a name it cannot be left behind
+
+
+def team_load_weights(team: ReplicaTeam, named: list[tuple[str, Tensor]]) -> None:
+    """Writes the weights into memory that the team shares (made on first use) and has every replica load them."""
+    layout, size = plan_layout(named, team.dtype)
+    if layout != team.layout:
+        near = named[0][1].device == torch.device("cuda:0") and team.gpus == {visible_gpus()[0]}
+        team.memory, team.layout = share_memory(team.replicas, size, near), layout
+    for (_, target), (_, tensor) in zip(tensor_views(team.memory, layout), named):
+        target.copy_(tensor)
+    if team.memory.is_cuda:
+        torch.cuda.synchronize()
+    ask_all(team.replicas, "load_weights", [(layout,)] * len(team.replicas))
 
 # %% ../nbs/04_inference.ipynb #230d7d9f
 def vllm_version() -> str | None:

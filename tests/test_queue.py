@@ -1,0 +1,105 @@
+"""The queue of runs (bench/runs.py): what its processes share, remember, wait for and survive; without any training."""
+import subprocess
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+sys.path.insert(0, str(BENCH))
+
+import runs  # noqa: E402
+from cs336_alignment.inference import SamplingParams  # noqa: E402
+
+SEEDED = SamplingParams(seed=3, max_tokens=8)
+
+
+class Counting:
+    """An engine that answers with the number of the call."""
+
+    def __init__(self):
+        self.calls, self.loaded, self.tokenizer = 0, [], "a tokenizer"
+
+    def load_weights(self, model):
+        self.loaded.append(model)
+
+    def generate(self, prompts, sampling, progress=False):
+        self.calls += 1
+        return [self.calls] * len(prompts)
+
+
+def worker(root, seed=0, seeds=(0, 1, 2), track="pocket"):
+    return runs.Worker(seed, list(seeds), track, root, None, False)
+
+
+def test_an_evaluation_is_sampled_once_for_the_same_weights_prompts_and_seed():
+    engine, model = runs.Remembering(Counting()), torch.nn.Linear(2, 2)
+    engine.load_weights(model)
+    first = engine.generate(["a", "b"], SEEDED)
+    engine.load_weights(model)
+    assert engine.generate(["a", "b"], SEEDED) == first
+    assert engine.generate(["a", "c"], SEEDED) != first
+    assert engine.generate(["a", "b"], SamplingParams(seed=4, max_tokens=8)) != first
+    torch.nn.init.constant_(model.weight, 3.0)
+    engine.load_weights(model)
+    assert engine.generate(["a", "b"], SEEDED) != first
+    assert (engine.tokenizer, len(engine.loaded)) == ("a tokenizer", 3)
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(max_tokens=8), SamplingParams(n=2, seed=3, max_tokens=8)])
+def test_rollouts_are_never_remembered(sampling):
+    engine = runs.Remembering(Counting())
+    assert engine.generate(["a"], sampling) != engine.generate(["a"], sampling)
+
+
+def test_runs_are_dealt_out_completely(tmp_path):
+    shares = [worker(tmp_path, seed).share(list(range(8))) for seed in (0, 1, 2)]
+    assert sorted(sum(shares, [])) == list(range(8)) and max(map(len, shares)) == 3
+
+
+def test_waiting_ends_with_the_file_or_with_another_process_that_failed(tmp_path):
+    there = tmp_path / "there"
+    threading.Timer(0.3, there.touch).start()
+    begin = time.monotonic()
+    worker(tmp_path).wait_for([there])
+    assert 0.2 < time.monotonic() - begin < 10
+    (tmp_path / "stop").touch()
+    worker(tmp_path).wait_for([there])  # what is needed is there
+    with pytest.raises(RuntimeError, match="another process has failed, and .*missing"):
+        worker(tmp_path).wait_for([tmp_path / "missing"])
+
+
+def test_a_policy_is_trained_again_only_where_it_is_missing(tmp_path, monkeypatch):
+    calls, config = [], runs.sft_config("pocket", 1024, 2)
+    monkeypatch.setenv("CS336_CACHE", str(tmp_path))
+    monkeypatch.setattr(runs, "sft", lambda config, engine, root, **options: calls.append((config, root, options["keep"])))
+    worker(tmp_path / "results", 2).have(config)
+    worker(tmp_path / "results", 2).have(config, needed=False)
+    monkeypatch.setattr(runs, "trained_policies", lambda: ["sft_experiments_pocket/n1024_seed2"])
+    worker(tmp_path / "results", 2).have(config)
+    (again, root, keep), = calls
+    assert again == config | {"evaluations": 1} and keep and root == tmp_path / "results" / "logs" / "again"
+
+
+def test_a_stage_that_fails_leaves_the_others_running_and_is_told(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def broken(w):
+        raise ValueError("broken on purpose")
+
+    monkeypatch.setattr(runs, "shared_engine", lambda *args, **options: nullcontext())
+    monkeypatch.setattr(runs, "STAGES", {"first": broken, "second": lambda w: done.append(w.seed)})
+    with pytest.raises(SystemExit, match="failed: first"):
+        runs.work(1, [0, 1], ["first", "second"], "micro", tmp_path, False, 0.1)
+    assert done == [1] and (tmp_path / "stop").exists()
+    assert "broken on purpose" in capsys.readouterr().err
+
+
+def test_an_unknown_stage_is_named_before_anything_starts(tmp_path):
+    done = subprocess.run([sys.executable, BENCH / "runs.py", "sfft", "--root", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1 and "unknown stage sfft; there are: tune, sft" in done.stderr
+    assert list(tmp_path.iterdir()) == []
