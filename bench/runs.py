@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -204,24 +204,31 @@ def benchmark(w: Worker) -> None:
                                    model=f"{policy}_seed{w.seed}", eval_data=data, n_eval=n, epochs=0, min_steps=0)])
 
 
+def grpo_starts(w: Worker, seed: int) -> dict[str, dict]:
+    """The finetuning runs that GRPO starts from: of 1,024 examples, since all would be known by heart; of all of GSM8K."""
+    return {"gsm_symbolic": sft_config(w.track, 1024, seed, **w.tuned()), "gsm8k": gsm8k_config(w) | {"seed": seed}}
+
+
+def grpo_rates(w: Worker) -> list[grpo.GRPOConfig]:
+    start = grpo_starts(w, w.seeds[0])["gsm_symbolic"]
+    return [grpo.grpo_config(w.track, family="grpo_lr_sweep", variant=f"lr{rate:g}", seed=w.seeds[0], learning_rate=rate,
+                             n_grpo_steps=100, eval_data="validation", model=policy_name(start)) for rate in GRPO_RATES]
+
+
 def grpo_lr(w: Worker) -> None:
-    """Learning rates of GRPO, one seed each, dealt out to the processes."""
-    rates = [grpo.grpo_config(w.track, family="grpo_lr_sweep", variant=f"lr{rate:g}", seed=0, learning_rate=rate,
-                              n_grpo_steps=100) for rate in GRPO_RATES]
-    w.have(sft_config(w.track, None, 0, **w.tuned()))
-    for config in w.share(rates):
+    """Learning rates of GRPO on held-back training problems, one seed each, dealt out to the processes."""
+    w.have(grpo_starts(w, w.seeds[0])["gsm_symbolic"])
+    for config in w.share(grpo_rates(w)):
         grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled, keep_policy=False)
 
 
 def grpo_runs(w: Worker) -> None:
     """200 steps on GSM-Symbolic and on GSM8K, from the policies finetuned on each, at the best rate of the sweep."""
-    family = w.root / f"grpo_lr_sweep_{w.track}"
-    w.wait_for([family / f"lr{rate:g}_seed0" / "summary.json" for rate in GRPO_RATES])
-    w.have(sft_config(w.track, None, w.seed, **w.tuned()))
-    w.have(gsm8k_config(w))
-    for data, start in [("gsm_symbolic", "nall"), ("gsm8k", "gsm8k")]:
-        config = grpo.grpo_config(w.track, variant=data, seed=w.seed, train_data=data, eval_data=data,
-                                  model=f"sft_experiments_{w.track}/{start}_seed{w.seed}", **best_tuning(family, "learning_rate"))
+    w.wait_for([run_folder(asdict(config), w.root) / "summary.json" for config in grpo_rates(w)])
+    best = best_tuning(w.root / f"grpo_lr_sweep_{w.track}", "learning_rate")
+    for data, start in grpo_starts(w, w.seed).items():
+        w.have(start)
+        config = grpo.grpo_config(w.track, variant=data, seed=w.seed, train_data=data, eval_data=data, model=policy_name(start), **best)
         grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled)
 
 

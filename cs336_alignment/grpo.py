@@ -6,10 +6,10 @@
 __all__ = ['PRESETS', 'NAMED', 'LOGGED', 'app', 'Option', 'HandoutSettings', 'GRPOConfig', 'check_sizes', 'check_choices',
            'grpo_config', 'evaluates', 'sampling_params', 'sample_rollouts', 'compute_advantages', 'rollout_metrics',
            'make_examples', 'token_weights', 'sequence_log_probs', 'grpo_loss', 'has_gradient', 'train_batches',
-           'weighted', 'needs_old', 'engine_gap', 'add_log_probs', 'updates', 'update_metrics', 'State', 'timed',
-           'evaluate', 'reward_fn', 'next_rollouts', 'grpo_step', 'train_on', 'finish_line', 'stop_on_interrupt',
-           'RunStopped', 'stops_saved', 'use_engine', 'start', 'log_step', 'run_steps', 'train', 'command_config',
-           'main']
+           'weighted', 'needs_old', 'engine_gap', 'add_log_probs', 'updates', 'update_metrics', 'State', 'data_sets',
+           'timed', 'evaluate', 'reward_fn', 'next_rollouts', 'grpo_step', 'train_on', 'finish_line',
+           'stop_on_interrupt', 'RunStopped', 'stops_saved', 'use_engine', 'start', 'log_step', 'run_steps', 'train',
+           'command_config', 'main']
 
 # %% ../nbs/12_grpo.ipynb #2b39a7fe
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -35,17 +35,17 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import Problem, fill_prompt, load_problems, load_prompt
+from .data import Problem, fill_prompt, load_prompt
 from .drgrpo_grader import grade_batch
-from .evaluate_math import REWARD_FNS, prepare, r1_zero_reward_fn, stop
+from .evaluate_math import REWARD_FNS, r1_zero_reward_fn, stop
 from .grpo_helper import LossType, compute_policy_gradient_loss, group_normalize
 from .inference import (Completion, Engine, SamplingParams, TransformersEngine, make_engine,
                                        sample_seed, vllm_problem)
 from .log import (Run, batch_indices, finish_run, log_generations, log_metrics, open_run,
                                  restore_checkpoint, save_checkpoint, say, seed_everything, training_steps)
-from .models import load_policy, save_policy
+from .models import load_policy, model_dir, save_policy
 from .sft_helper import Example, compile_policy, make_optimizer, packed_log_probs, train_step
-from .sft_math_reasoning import parse_changes, policy_name
+from .sft_math_reasoning import parse_changes, policy_name, problem_sets
 
 # %% ../nbs/12_grpo.ipynb #2a211ce2
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class GRPOConfig(HandoutSettings):
     seed: int = 0
     model: str = "smollm2-135m"  # for `model_dir`
     train_data: str = "gsm_symbolic"  # for `load_problems`
-    eval_data: str = "gsm_symbolic"
+    eval_data: str = "gsm_symbolic"  # or "validation": held back from train_data
     prompt: str = "r1_zero"  # it also decides the reward function
     length_normalization: Literal["masked_mean", "masked_normalize", "token"] = "masked_mean"
     seeded_rollouts: bool = True  # needed to repeat a run exactly; costs vLLM speed
@@ -137,7 +137,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "micro": dict(model="micro", train_data="micro", eval_data="micro", prompt="micro", n_grpo_steps=20,
                   learning_rate=2e-4, rollout_batch_size=256, train_batch_size=256, gradient_accumulation_steps=1,
                   max_tokens=64, n_eval=256, eval_every=5, checkpoint_every=5),
-    "pocket": dict(model="sft_experiments_pocket/nall_seed0", max_tokens=256, n_eval=1000, seeded_rollouts=False),
+    "pocket": dict(model="sft_experiments_pocket/n1024_seed0", max_tokens=256, n_eval=1000, seeded_rollouts=False),
     "course": dict(model="Qwen/Qwen2.5-Math-1.5B", train_data="math", eval_data="math", seeded_rollouts=False),
 }
 NAMED: dict[str, dict[str, Any]] = {
@@ -351,6 +351,13 @@ class State:
         """What a checkpoint holds."""
         return {"model": self.policy, "optimizer": self.optimizer}
 
+# %% ../nbs/12_grpo.ipynb #d09aefa3
+def data_sets(config: GRPOConfig) -> tuple[list[Problem], list[Problem]]:
+    """Problems to train on, and `n_eval` to evaluate on: of the test set of `eval_data`, or with eval_data "validation" the
+    last training problems, which are then not trained on. Raises DataError, DataMissing (01)."""
+    return problem_sets({"data": config.train_data, "pool": None, "eval_data": config.eval_data, "n_eval": config.n_eval})
+
+
 # %% ../nbs/12_grpo.ipynb #418fd2d2
 @contextmanager
 def timed(seconds: dict[str, float], name: str):
@@ -497,8 +504,7 @@ def start(config: GRPOConfig, run: Run, policy: PreTrainedModel, tokenizer: PreT
     seed_everything(config.seed)
     reference = load_policy(config.model, policy.device, "float32")[0].requires_grad_(False) if config.kl_coef else None
     s = State(config, run, policy, tokenizer, make_optimizer(policy, config.learning_rate), engine, pool,
-              load_problems(config.train_data, "train"), load_problems(config.eval_data, "test", config.n_eval),
-              reference, pass_tokens)
+              *data_sets(config), reference, pass_tokens)
     restore_checkpoint(run, s.parts)
     with stops_saved(s, run.step):
         engine.load_weights(policy)
@@ -586,7 +592,7 @@ def main(track: Annotated[str, Option("micro | pocket | course")] = "pocket", se
     try:
         given = dict(seed=seed, model=model, n_grpo_steps=steps, learning_rate=lr, variant=variant)
         config = command_config(track, given, data, named, settings)
-        prepare([{"data": config.eval_data, "n": config.n_eval, "prompt": config.prompt, "model": config.model}])
+        data_sets(config), load_prompt(config.prompt), model_dir(config.model)  # mistakes show before anything starts
         summary = train(config, None, root, force, pass_tokens=pass_tokens, compiled=compiled, replicas=replicas,
                         gpu_memory_utilization=gpu_memory_utilization)
     except (ValueError, OSError, RunStopped) as error:

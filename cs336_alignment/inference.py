@@ -787,7 +787,7 @@ def team_run(replicas: list[Replica], requests: Sequence[Request], sampling: Sam
     calls = [(part, asdict(sampling), tick is not None) for part in parts]
     return [row for rows in ask_all(replicas, "run", calls, tick) for row in rows]
 
-
+# %% ../nbs/04_inference.ipynb #c8830442
 def share_memory(replicas: list[Replica], size: int, on_gpu: bool) -> Tensor:
     """`size` bytes that every replica has too: on this process's first GPU if `on_gpu` and the driver allows it, else in a
     file."""
@@ -805,7 +805,7 @@ def share_memory(replicas: list[Replica], size: int, on_gpu: bool) -> Tensor:
     finally:
         os.unlink(path)  # every replica has it mapped; without a name it cannot be left behind
 
-
+# %% ../nbs/04_inference.ipynb #20934a2d
 def team_load_weights(team: ReplicaTeam, named: list[tuple[str, Tensor]]) -> None:
     """Writes the weights into memory that the team shares (made on first use) and has every replica load them."""
     layout, size = plan_layout(named, team.dtype)

@@ -58,7 +58,7 @@ def sft_config(track: str = "pocket", n_train: int | None = None, seed: int = 0,
               **SFT_PRESETS[track]}
     return changed(config, changes)
 
-
+# %% ../nbs/08_sft.ipynb #14079769
 def changed(config: dict, changes: dict) -> dict:
     """`config` with `changes`. Raises ValueError for a setting that it does not have."""
     if unknown := changes.keys() - config.keys():
@@ -146,7 +146,7 @@ def sft(config: dict, engine=None, root: Path | str | None = None, force: bool =
             save_policy(model, tokenizer, policy_name(config))
         return finish_run(run, n_train=len(pairs))
 
-
+# %% ../nbs/08_sft.ipynb #2e2d1f72
 def policy_name(config: dict) -> str:
     """The name under which a run's policy is kept: that of its run folder."""
     return str(run_folder(config, "").as_posix())

@@ -52,7 +52,7 @@ def small_world(monkeypatch):
     monkeypatch.setattr(grpo, "reward_fn", lambda config: digits_reward)
     monkeypatch.setattr(grpo, "save_policy", lambda *args: None)
     monkeypatch.setattr(grpo, "vllm_problem", lambda: "not here.")
-    monkeypatch.setattr(grpo, "load_problems", lambda name, split, n=50: grpo_problems(split)[:n])
+    monkeypatch.setattr(grpo, "data_sets", lambda config: (grpo_problems("train")[:50], grpo_problems("test")[:config.n_eval]))
 
 
 def grpo_problems(split, cache={}):
