@@ -239,6 +239,18 @@ def compare_logprobs(bench, model, completions, label=""):
 
 
 @section
+def large_batches(bench):
+    """(8) More requests at once than CUDA graphs cover (512): vLLM's own limits against ours; the start too."""
+    many, sizes = replace(bench.fixed, n=2048 // len(bench.prompts), max_tokens=128), [1, 2, 4, 8, 16, *range(32, 513, 32)]
+    for name, options in {"vLLM's limits": {}, "at most 512 sequences": dict(max_num_seqs=512), "at most 512, fewer graphs": dict(
+            max_num_seqs=512, compilation_config={"cudagraph_capture_sizes": sizes})}.items():
+        engine, seconds = timed(bench.engine, **options)
+        bench.put(**{f"{name}: start, s": seconds})
+        bench.rate(f"VLLMEngine, 2048 requests, {name}", engine, many)
+        engine.close()
+
+
+@section
 def sleep_and_close(bench):
     """(4) Sleeping and waking, (5) memory given back, with and without sleep mode, twice in one process."""
     torch.cuda.init()
