@@ -197,11 +197,13 @@ def ei_vary(w: Worker) -> None:
 
 def benchmark(w: Worker) -> None:
     """Policies trained on GSM-Symbolic, evaluated without more training on GSM8K and on templates never seen."""
-    w.have(sft_config(w.track, None, w.seed, **w.tuned()))
     for name, policy in [("sft", f"sft_experiments_{w.track}/nall"), ("ei", f"ei_{w.track}/base")]:
-        for data, n in [("gsm8k", 1319), ("data/gsm_symbolic/heldout.jsonl", 500)]:
-            w.run(sft, [sft_config(w.track, None, w.seed, family="benchmark", variant=f"{name}_{Path(data).stem}",
-                                   model=f"{policy}_seed{w.seed}", eval_data=data, n_eval=n, epochs=0, min_steps=0)])
+        configs = [sft_config(w.track, None, w.seed, family="benchmark", variant=f"{name}_{Path(data).stem}",
+                              model=f"{policy}_seed{w.seed}", eval_data=data, n_eval=n, epochs=0, min_steps=0)
+                   for data, n in [("gsm8k", 1319), ("data/gsm_symbolic/heldout.jsonl", 500)]]
+        missing = [c for c in configs if not (run_folder(c, w.root) / "summary.json").exists()]
+        w.have(sft_config(w.track, None, w.seed, **w.tuned()), needed=bool(missing) and name == "sft")
+        w.run(sft, missing)
 
 
 def grpo_starts(w: Worker, seed: int) -> dict[str, dict]:
