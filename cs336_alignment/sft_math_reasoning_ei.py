@@ -80,7 +80,8 @@ def select_correct(groups: list[list[Completion]], problems: list[Problem], rewa
 def rate_factor(schedule: str, i: int, updates: int) -> float:
     """What the learning rate of update i (from 0) of an expert-iteration step is multiplied by.
 
-    "linear": up over the first tenth, then down to zero, as in a finetuning run of its own; "constant": 1.
+    "linear": up over the first tenth, then down towards zero, as in a finetuning run of its own; "constant": 1. Unlike in
+    transformers' schedule no update has the rate 0: a step has only a dozen of them.
     """
     return 1.0 if schedule == "constant" else min((i + 1) / math.ceil(updates / 10), (updates - i) / updates)
 
