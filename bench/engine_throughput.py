@@ -252,9 +252,10 @@ def large_batches(bench):
 
 @section
 def sleep_and_close(bench):
-    """(4) Sleeping and waking, (5) memory given back, with and without sleep mode, twice in one process."""
+    """(4) Sleeping and waking, (5) memory given back: engines in processes of their own, then one in this process."""
     torch.cuda.init()
-    for name, options in [("plain engine", {}), ("engine that can sleep", dict(enable_sleep=True)), ("third", {})]:
+    for name, options in {"plain engine": {}, "engine that can sleep": dict(enable_sleep=True),
+                          "engine in this process": dict(in_process=True, enable_sleep=True)}.items():
         before = gpu_used_gib()
         engine, seconds = timed(bench.engine, **options)
         greedy = SamplingParams(temperature=0, max_tokens=32, stop=())
@@ -262,10 +263,10 @@ def sleep_and_close(bench):
         bench.put(**{f"{name}: start, s": seconds, f"{name}: GPU memory taken, GiB": gpu_used_gib() - before})
         if options:
             _, seconds = timed(engine.sleep)
-            bench.put(**{"asleep: GPU memory still taken, GiB": gpu_used_gib() - before, "sleep, s": seconds})
+            bench.put(**{f"{name}, asleep: GPU memory still taken, GiB": gpu_used_gib() - before, f"{name}: sleep, s": seconds})
             _, seconds = timed(engine.wake)
             again = [g[0].text for g in engine.generate(bench.prompts[:16], greedy, progress=False)]
-            bench.put(**{"wake, s": seconds, "outputs after waking equal those before": again == texts})
+            bench.put(**{f"{name}: wake, s": seconds, f"{name}: outputs after waking equal those before": again == texts})
         engine.close()
         bench.put(**{f"{name}: GPU memory still taken after close, GiB": gpu_used_gib() - before})
 

@@ -191,8 +191,8 @@ def ei(w: Worker) -> None:
 
 
 def ei_vary(w: Worker) -> None:
-    """G, the epochs and |D_b|, one at a time; the larger values first, since they say more."""
-    w.run(expert_iteration, sorted(ei_configs(w)[1:], key=lambda c: c["variant"] in ("G2", "epochs1")))
+    """G, the epochs and |D_b|, one at a time, those with the fewest rollouts first."""
+    w.run(expert_iteration, sorted(ei_configs(w)[1:], key=lambda c: c["questions"] * c["group_size"]))
 
 
 def benchmark(w: Worker) -> None:
