@@ -31,7 +31,7 @@ from .sft_math_reasoning import (Changes, GpuShare, Replicas, Root, Seeds, chang
 # %% ../nbs/09_expert_iteration.ipynb #634d4a78
 EI_PRESETS = {
     "micro": dict(pool=2048, questions=128, group_size=4, epochs=1, batch_size=16, learning_rate=3e-4, n_eval=256, max_tokens=64),
-    "pocket": dict(pool=None, questions=512, group_size=4, epochs=2, batch_size=64, learning_rate=5e-5, n_eval=1200,
+    "pocket": dict(pool=None, questions=512, group_size=4, epochs=2, batch_size=64, learning_rate=2e-5, n_eval=1200,
                    max_tokens=256, seeded_rollouts=False),
     "course": dict(pool=None, questions=1024, group_size=4, epochs=2, batch_size=64, learning_rate=1e-5, n_eval=1024,
                    max_tokens=1024)}
