@@ -1,7 +1,7 @@
 """The engines on a GPU: speed against bare vLLM, replicas, weight reload, sleep, memory given back, seeds, log-probs.
 
     python bench/engine_throughput.py [--model smollm2-135m] [--out results/bench/engine_throughput.json]
-                                      [--only bare,replicas] [--replicas 2,4,8]
+                                      [--only bare,replicas] [--replicas 2,4,8] [--mps]
 
 Each section runs in a process of its own: if one fails, its traceback is printed and stored, and the rest goes on.
 Results of a file that exists are kept unless a section replaces them, so that sections can be run in several calls.
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import torch  # noqa: E402
 
 from cs336_alignment.data import fill_prompt, load_prompt, micro_problems, write_json  # noqa: E402
 from cs336_alignment.inference import (SamplingParams, TransformersEngine, VLLMEngine, environment,  # noqa: E402
-                                       named_weights, vllm_args, vllm_cleanup)
+                                       multi_process_service, named_weights, vllm_args, vllm_cleanup)
 from cs336_alignment.models import load_policy, model_dir  # noqa: E402
 
 SECTIONS = {}
@@ -156,25 +157,24 @@ def bare_own_process(bench):
 @section
 def replicas(bench):
     """(2) Several engines on the GPU; (3b) weights sent to them."""
-    model = load_policy(bench.options.model, device="cuda")[0]
+    model, service = load_policy(bench.options.model, device="cuda")[0], ", MPS" if bench.options.mps else ""
     for count in bench.options.replicas:
         torch.cuda.empty_cache()
         engine, seconds = timed(bench.engine, replicas=count)
-        bench.put(**{f"{count} replicas: start, s": seconds})
+        team, size = f"{count} replicas{service}", f"{count} replicas{service}, {len(bench.prompts) * bench.options.n} requests"
+        bench.put(**{f"{team}: start, s": seconds})
         try:
-            size = f"{count} replicas, {len(bench.prompts) * bench.options.n} requests"
             bench.rate(f"VLLMEngine, {size}", engine)
             bench.rate(f"VLLMEngine, {size}, natural ends", engine, bench.natural)
             bench.rate(f"VLLMEngine, {size}, natural ends, seeds and log-probs", engine, bench.seeded)
             loads = [timed(engine.load_weights, model)[1] for _ in range(4)]
-            bench.put(**{f"{count} replicas: first load_weights, s": loads[0],
-                         f"{count} replicas: load_weights, s": min(loads[1:])})
+            bench.put(**{f"{team}: first load_weights, s": loads[0], f"{team}: load_weights, s": min(loads[1:])})
             same = engine.generate(bench.prompts[:16], bench.seeded, progress=False)
             zeroed = {name: torch.zeros_like(w) for name, w in named_weights(model)}
             engine.load_weights(zeroed)
             changed = engine.generate(bench.prompts[:16], bench.seeded, progress=False)
             differ = [g[0].text for g in same] != [g[0].text for g in changed]
-            bench.put(**{f"{count} replicas: zeroed weights changed the outputs": differ})
+            bench.put(**{f"{team}: zeroed weights changed the outputs": differ})
         finally:
             engine.close()
     bench.put(**{"GPU memory after the replicas closed, GiB (with the model)": gpu_used_gib()})
@@ -313,10 +313,12 @@ def run_apart(options, name: str) -> dict:
     part = Path(options.out).with_name(f"part_{name}.json")
     command = [sys.executable, __file__, "--only", name, "--out", str(part), "--model", options.model,
                "--replicas", ",".join(map(str, options.replicas))]
+    command += ["--mps"] * options.mps
     for flag in ("prompts", "n", "max_tokens", "repeats", "gpu_memory_utilization"):
         command += [f"--{flag.replace('_', '-')}", str(getattr(options, flag))]
     try:
-        problem = subprocess.run([*command, "--here"], timeout=options.timeout).returncode
+        with multi_process_service() if options.mps else nullcontext():
+            problem = subprocess.run([*command, "--here"], timeout=options.timeout).returncode
     except subprocess.TimeoutExpired:
         problem = f"no end after {options.timeout} s"
     stored = json.loads(part.read_text()) if part.exists() else dict(summary={}, tokens_per_s={}, failed={})
@@ -337,6 +339,7 @@ def parse():
     ap.add_argument("--repeats", type=int, default=3)
     ap.add_argument("--replicas", type=lambda s: [int(x) for x in s.split(",")], default=[2, 4, 8])
     ap.add_argument("--gpu-memory-utilization", type=float, default=0.6)
+    ap.add_argument("--mps", action="store_true", help="NVIDIA's Multi-Process Service for the engines")
     ap.add_argument("--timeout", type=int, default=240, help="seconds for one section")
     ap.add_argument("--here", action="store_true", help="run the one section of --only in this process")
     return ap.parse_args()

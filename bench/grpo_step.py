@@ -22,6 +22,7 @@ import math
 import platform
 import random
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -42,7 +43,7 @@ from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTra
 from cs336_alignment import grpo as G
 from cs336_alignment.data import fill_prompt, load_problems, load_prompt
 from cs336_alignment.grpo_helper import grpo_microbatch_train_step
-from cs336_alignment.inference import Completion, SamplingParams, make_engine
+from cs336_alignment.inference import Completion, SamplingParams, make_engine, multi_process_service
 from cs336_alignment.models import character_tokenizer
 from cs336_alignment.sft_helper import compile_policy, get_response_log_probs, make_optimizer
 from training_throughput import DEVICE, QWEN_1_5B, synchronize  # the bench beside this one
@@ -284,8 +285,12 @@ def random_weights(build) -> Path:
 
 
 def main(out: Path = Path("results/bench/grpo_step.json"), small: bool = False, steps: int = 3, replicas: int = 4,
-         only: str = typer.Option("", help="pocket or course; default both")) -> None:
+         only: str = typer.Option("", help="pocket or course; default both"),
+         here: bool = typer.Option(False, help="in this process", hidden=True)) -> None:
     """Measures both settings, prints a table, writes JSON after each, so that a stopped run leaves the first."""
+    if DEVICE == "cuda" and not here:  # trainer and engines share the GPU
+        with multi_process_service():
+            sys.exit(subprocess.call([sys.executable, *sys.argv, "--here"]))
     gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU"
     result = {"gpu": gpu, "torch": torch.__version__, "transformers": transformers.__version__, "small": small,
               "rewards": "random: 100% or 40% of the groups are mixed; grading is not part of the step"}

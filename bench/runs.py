@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cs336_alignment import grpo  # noqa: E402
 from cs336_alignment.data import load_problems  # noqa: E402
-from cs336_alignment.inference import Engine, SamplingParams, make_engine  # noqa: E402
+from cs336_alignment.inference import Engine, SamplingParams, make_engine, multi_process_service  # noqa: E402
 from cs336_alignment.log import run_folder  # noqa: E402
 from cs336_alignment.models import TRACKS, cache_dir, load_policy, trained_policies  # noqa: E402
 from cs336_alignment.sft_math_reasoning import (SIZES, best_tuning, filter_traces, make_traces, policy_name,  # noqa: E402
@@ -224,24 +225,26 @@ def grpo_lr(w: Worker) -> None:
         grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled, keep_policy=False)
 
 
-def grpo_runs(w: Worker) -> None:
-    """200 steps on GSM-Symbolic and on GSM8K, from the policies finetuned on each, at the best rate of the sweep."""
+def grpo_run(w: Worker, data: str) -> None:
+    """200 steps from the policy finetuned on the same data set, at the best rate of the sweep."""
     w.wait_for([run_folder(asdict(config), w.root) / "summary.json" for config in grpo_rates(w)])
     best = best_tuning(w.root / f"grpo_lr_sweep_{w.track}", "learning_rate")
-    for data, start in grpo_starts(w, w.seed).items():
-        w.have(start)
-        config = grpo.grpo_config(w.track, variant=data, seed=w.seed, train_data=data, eval_data=data, model=policy_name(start), **best)
-        grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled)
+    w.have(start := grpo_starts(w, w.seed)[data])
+    config = grpo.grpo_config(w.track, variant=data, seed=w.seed, train_data=data, eval_data=data, model=policy_name(start), **best)
+    begin = time.perf_counter()
+    summary = grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled)
+    print(f"{policy_name(start)}: {summary['final']['answer_accuracy']:.1%} after GRPO, {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 STAGES = {"tune": tune, "sft": sizes, "traces": traces, "ei_tune": ei_tune, "ei": ei, "benchmark": benchmark, "ei_vary": ei_vary, "gsm8k": gsm8k,
-          "quality": quality, "updates": updates, "grpo_lr": grpo_lr, "grpo": grpo_runs}
+          "quality": quality, "updates": updates, "grpo_lr": grpo_lr, "grpo": partial(grpo_run, data="gsm_symbolic"),
+          "grpo_gsm8k": partial(grpo_run, data="gsm8k")}
 
 
-def work(seed: int, seeds: list[int], stages: list[str], track: str, root: Path, compiled: bool, share: float) -> None:
+def work(seed: int, seeds: list[int], stages: list[str], track: str, root: Path, compiled: bool, replicas: int, share: float) -> None:
     """The stages of one seed, in this process."""
     failed = []
-    with shared_engine(TRACKS[track].model, gpu_memory_utilization=share, **ENGINE) as engine:
+    with shared_engine(TRACKS[track].model, replicas, share, **ENGINE) as engine:
         worker = Worker(seed, seeds, track, root, engine and Remembering(engine), compiled)
         for stage in stages:
             begin = time.perf_counter()
@@ -255,31 +258,38 @@ def work(seed: int, seeds: list[int], stages: list[str], track: str, root: Path,
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
+def run_seeds(command: list[str], seeds: list[int], root: Path) -> dict[int, int]:
+    """A process for each seed, dealt out to the GPUs; the exit codes of those that failed. The first to fail stops those that wait."""
+    gpus, processes, failed = torch.cuda.device_count(), {}, {}
+    for k in seeds:
+        home = {"CUDA_VISIBLE_DEVICES": str(seeds.index(k) % gpus)} if gpus else {}
+        with open(root / "logs" / f"seed{k}.log", "a") as log:
+            processes[k] = subprocess.Popen([*command, "--seed", str(k)], stdout=log, stderr=log, env=os.environ | home)
+    while len(failed) + sum(p.poll() == 0 for p in processes.values()) < len(processes):
+        failed |= {k: p.poll() for k, p in processes.items() if p.poll()}
+        if failed:
+            (root / "stop").touch()
+        time.sleep(1)
+    return failed
+
+
 def main(stages: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(STAGES)}; default: all")] = None,
          track: str = "pocket", seeds: str = "0,1,2,3", root: Path = Path("results"), compiled: bool = torch.cuda.is_available(),
-         share: Annotated[float, typer.Option(help="of a GPU's memory, for each process's engine")] = 0.08,
+         replicas: Annotated[int, typer.Option(help="vLLM engines of each process")] = 1,
+         share: Annotated[float, typer.Option(help="of a GPU's memory, for each process's engines")] = 0.08,
          seed: Annotated[int | None, typer.Option(help="only this one, in this process", hidden=True)] = None) -> None:
     """Runs the stages; the output of each process goes to ROOT/logs/seed<k>.log."""
     stages, numbers = stages or list(STAGES), [int(s) for s in seeds.split(",")]
     if unknown := set(stages) - set(STAGES):
         sys.exit(f"unknown stage {', '.join(unknown)}; there are: {', '.join(STAGES)}")
     if seed is not None:
-        return work(seed, numbers, stages, track, root, compiled, share)
+        return work(seed, numbers, stages, track, root, compiled, replicas, share)
     (root / "logs").mkdir(parents=True, exist_ok=True)
     (root / "stop").unlink(missing_ok=True)
-    gpus, processes = torch.cuda.device_count(), {}
-    for k in numbers:
-        command = [sys.executable, __file__, *stages, "--track", track, "--seeds", seeds, "--root", str(root), "--seed", str(k),
-                   "--share", str(share), "--compiled" if compiled else "--no-compiled"]
-        with open(root / "logs" / f"seed{k}.log", "a") as log:
-            processes[k] = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | (
-                {"CUDA_VISIBLE_DEVICES": str(numbers.index(k) % gpus)} if gpus else {}))
-    failed = {}
-    while len(failed) + sum(p.poll() == 0 for p in processes.values()) < len(processes):
-        failed |= {k: p.poll() for k, p in processes.items() if p.poll()}
-        if failed:
-            (root / "stop").touch()
-        time.sleep(1)
+    options = ["--track", track, "--seeds", seeds, "--root", str(root), "--replicas", str(replicas), "--share", str(share),
+               "--compiled" if compiled else "--no-compiled"]
+    with multi_process_service():
+        failed = run_seeds([sys.executable, __file__, *stages, *options], numbers, root)
     for k in failed:
         print(f"seed {k} failed:", *(root / "logs" / f"seed{k}.log").read_text().splitlines()[-15:], sep="\n")
     sys.exit(1 if failed else 0)

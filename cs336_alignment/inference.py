@@ -12,8 +12,8 @@ __all__ = ['Tokenizer', 'Prompts', 'Decode', 'Tick', 'Row', 'Layout', 'SamplingP
            'LocalVLLM', 'vllm_generate', 'vllm_load_weights', 'repack_output_layer', 'vllm_cleanup', 'plan_layout',
            'tensor_views', 'map_file', 'make_shared_file', 'ReplicaServer', 'serve_replica', 'kv_cache_bytes',
            'share_gpu', 'Replica', 'ask', 'listen', 'ask_all', 'end_replicas', 'visible_gpus', 'place_replicas',
-           'start_replicas', 'ReplicaTeam', 'team_run', 'share_memory', 'team_load_weights', 'vllm_version',
-           'vllm_problem', 'vllm_args', 'BackedEngine', 'VLLMEngine', 'start_backend', 'make_engine']
+           'multi_process_service', 'start_replicas', 'ReplicaTeam', 'team_run', 'share_memory', 'team_load_weights',
+           'vllm_version', 'vllm_problem', 'vllm_args', 'BackedEngine', 'VLLMEngine', 'start_backend', 'make_engine']
 
 # %% ../nbs/04_inference.ipynb #5409f91d
 import contextlib
@@ -739,6 +739,27 @@ def place_replicas(replicas: int, gpus: list[str],
         return [({"OMP_NUM_THREADS": str(len(part))}, part, None) for part in parts]
     homes = [gpus[i % len(gpus)] for i in range(replicas)]
     return [({"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1"}, [], 1 / homes.count(gpu)) for gpu in homes]
+
+# %% ../nbs/04_inference.ipynb #29706c3d
+@contextlib.contextmanager
+def multi_process_service():
+    """NVIDIA's Multi-Process Service for the processes started within: kernels of several run on a GPU at the same time.
+
+    Does nothing where there is no `nvidia-cuda-mps-control`, or where the service is already chosen by the environment."""
+    folders = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/nvidia/bin"])
+    control = shutil.which("nvidia-cuda-mps-control", path=folders)
+    if control is None or "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
+        yield
+        return
+    quietly = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+    with (tempfile.TemporaryDirectory(prefix="cs336_mps_", ignore_cleanup_errors=True) as folder,
+          environment(CUDA_MPS_PIPE_DIRECTORY=folder, CUDA_MPS_LOG_DIRECTORY=folder)):
+        subprocess.run([control, "-d"], stdin=subprocess.DEVNULL, **quietly)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run([control], input=b"quit\n", **quietly)
 
 # %% ../nbs/04_inference.ipynb #32f87228
 def start_replicas(places: list[tuple[dict[str, str], list[int], float | None]], args: dict) -> tuple[list[Replica], int]:

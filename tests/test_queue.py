@@ -94,7 +94,7 @@ def test_a_stage_that_fails_leaves_the_others_running_and_is_told(tmp_path, monk
     monkeypatch.setattr(runs, "shared_engine", lambda *args, **options: nullcontext())
     monkeypatch.setattr(runs, "STAGES", {"first": broken, "second": lambda w: done.append(w.seed)})
     with pytest.raises(SystemExit, match="failed: first"):
-        runs.work(1, [0, 1], ["first", "second"], "micro", tmp_path, False, 0.1)
+        runs.work(1, [0, 1], ["first", "second"], "micro", tmp_path, False, 1, 0.1)
     assert done == [1] and (tmp_path / "stop").exists()
     assert "broken on purpose" in capsys.readouterr().err
 
@@ -103,3 +103,10 @@ def test_an_unknown_stage_is_named_before_anything_starts(tmp_path):
     done = subprocess.run([sys.executable, BENCH / "runs.py", "sfft", "--root", tmp_path], capture_output=True, text=True)
     assert done.returncode == 1 and "unknown stage sfft; there are: tune, sft" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_seed_is_a_process_and_the_ones_that_fail_are_told(tmp_path):
+    (tmp_path / "logs").mkdir()
+    failed = runs.run_seeds([sys.executable, "-c", "import sys; print(sys.argv); sys.exit(int(sys.argv[2]) % 2)"], [1, 2, 3], tmp_path)
+    assert failed == {1: 1, 3: 1} and (tmp_path / "stop").exists()
+    assert (tmp_path / "logs" / "seed2.log").read_text() == "['-c', '--seed', '2']\n"
