@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['X_LABELS', 'SHARED', 'FULL_COLOUR', 'OUTCOMES', 'load_run', 'run_folders', 'load_runs', 'interval', 'coverage',
-           'difference', 'band', 'describe', 'plot_curves', 'results_table', 'markdown_table', 'outcome',
+           'difference', 'band', 'describe', 'plot_curves', 'made_by', 'results_table', 'markdown_table', 'outcome',
            'colour_tokens', 'rollout_html', 'legend_html', 'rollouts_html', 'show_rollouts']
 
 # %% ../nbs/07b_plots.ipynb #4b199b61
@@ -129,6 +129,11 @@ def plot_curves(runs: pd.DataFrame, metric: str, x: str = "step", ax=None, label
     ax.set_title(describe(shown, metric), fontsize=9)
     ax.legend(fontsize=8)
     return ax
+
+# %% ../nbs/07b_plots.ipynb #c7cee588
+def made_by(command: str, fig=None) -> None:
+    """Writes under a figure (default: the current one) the command that makes its numbers again."""
+    (fig or plt.gcf()).text(0.5, -0.02, command, ha="center", va="top", family="monospace", fontsize=8)
 
 # %% ../nbs/07b_plots.ipynb #1a23f013
 SHARED = ("n_eval", "temperature", "steps")  # settings that the seeds of a variant should have in common
