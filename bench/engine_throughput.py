@@ -255,7 +255,7 @@ def sleep_wake_close(bench, name: str, **options) -> None:
     torch.cuda.init()
     before, greedy = gpu_used_gib(), SamplingParams(temperature=0, max_tokens=32, stop=())
     few = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}  # speed is not measured here
-    engine, seconds = timed(bench.engine, enable_sleep=True, compilation_config=few, **options)
+    engine, seconds = timed(bench.engine, enable_sleep=True, compilation_config=few, gpu_memory_utilization=0.15, **options)
     try:
         bench.put(**{f"{name}: start with few graphs, s": seconds})
         texts = [g[0].text for g in engine.generate(bench.prompts[:16], greedy, progress=False)]
