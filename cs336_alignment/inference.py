@@ -602,6 +602,9 @@ class ReplicaServer:
     def attach(self, tick, kind: str, *where) -> None:
         self.memory = where[0](*where[1]) if kind == "gpu" else map_file(*where)
 
+    def detach(self, tick) -> None:
+        self.memory = None
+
     def load_weights(self, tick, layout: Layout) -> None:
         self.engine.load_weights(tensor_views(self.memory, layout))
         if self.memory.is_cuda:
@@ -797,6 +800,9 @@ class ReplicaTeam(Lifecycle):
         ask_all(self.replicas, "wake", [()] * len(self.replicas))
 
     def close(self):
+        if self.memory is not None and self.memory.is_cuda and not any(r.busy for r in self.replicas):
+            with contextlib.suppress(RuntimeError):  # otherwise CUDA complains at exit that it is still shared
+                ask_all(self.replicas, "detach", [()] * len(self.replicas))
         self.memory = None
         self.end()
 
