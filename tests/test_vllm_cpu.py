@@ -24,9 +24,11 @@ except importlib.metadata.PackageNotFoundError:
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
+from cs336_alignment import grpo  # noqa: E402
 from cs336_alignment.data import fill_prompt, load_prompt, micro_problems  # noqa: E402
 from cs336_alignment.inference import (SamplingParams, TransformersEngine, VLLMEngine, ask_all,  # noqa: E402
                                        make_engine, named_weights)
+from cs336_alignment.log import read_metrics  # noqa: E402
 from cs336_alignment.models import load_policy  # noqa: E402
 
 PROMPTS = [fill_prompt(load_prompt("micro"), p.question) for p in micro_problems(16, seed=1, split="test")]
@@ -173,6 +175,21 @@ def test_more_seeded_prompts_than_one_batch_of_prefill(engine):
     groups = engine.generate(prompts, replace(SAMPLING, n=4, max_tokens=8), progress=False)
     assert sum(len(c.prompt_token_ids) for c in flat(groups)) > 2 * budget
     assert len(flat(groups)) == 4 * len(prompts)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_grpo_samples_with_the_trainers_weights_or_with_overlap_those_of_a_step_before(engine, policy, tmp_path, overlap):
+    """The engine's log-probs tell with whose weights it sampled."""
+    config = grpo.grpo_config("micro", n_grpo_steps=4, eval_every=2, n_eval=16, rollout_batch_size=64, train_batch_size=64,
+                              seeded_rollouts=False, overlap=overlap)
+    try:
+        grpo.train(config, engine, tmp_path, progress=False, mirror=False, keep_policy=False)
+    finally:
+        engine.load_weights(policy[0])
+    lines = {line["step"]: line for line in read_metrics(tmp_path / "grpo_micro" / "default_seed0")}
+    gaps = [lines[step]["train/engine_gap_max"] for step in (2, 4)]
+    assert min(gaps) > 1e-3 if overlap else max(gaps) < 1e-3, gaps
+    assert sum(line.get("train/updates", 0) for line in lines.values()) == 4
 
 
 def test_two_replicas_answer_as_one_and_end(groups, policy, tmp_path):
