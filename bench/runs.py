@@ -36,7 +36,7 @@ from cs336_alignment.sft_math_reasoning_ei import expert_iteration, rate_configs
 
 TEACHER = "n1024_seed0"  # its responses are the traces of the stage `quality`
 TRACED = {"micro": None, "pocket": 4096, "course": None}  # problems that it solves; None: the track's pool
-GRPO_RATES = (1e-5, 2e-5, 5e-5, 1e-4)
+GRPO_RATES = (5e-6, 1e-5, 2e-5, 4e-5)  # expert iteration loses at a constant 1e-4 (09)
 ENGINE = {"max_num_seqs": 512,  # in larger batches vLLM leaves CUDA graphs
           "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, *range(32, 513, 32)]}}  # fewer: starts sooner
 
