@@ -13,7 +13,8 @@ __all__ = ['Tokenizer', 'Prompts', 'Decode', 'Tick', 'Row', 'Layout', 'SamplingP
            'tensor_views', 'map_file', 'make_shared_file', 'ReplicaServer', 'serve_replica', 'kv_cache_bytes',
            'share_gpu', 'Replica', 'ask', 'listen', 'ask_all', 'end_replicas', 'visible_gpus', 'place_replicas',
            'multi_process_service', 'start_replicas', 'ReplicaTeam', 'team_run', 'share_memory', 'team_load_weights',
-           'vllm_version', 'vllm_problem', 'vllm_args', 'BackedEngine', 'VLLMEngine', 'start_backend', 'make_engine']
+           'team_release', 'vllm_version', 'vllm_problem', 'vllm_args', 'BackedEngine', 'VLLMEngine', 'start_backend',
+           'make_engine']
 
 # %% ../nbs/04_inference.ipynb #5409f91d
 import contextlib
@@ -610,11 +611,8 @@ class ReplicaServer:
         if self.memory.is_cuda:
             torch.cuda.synchronize()  # the parent may write again
 
-    def sleep(self, tick) -> None:
-        self.engine.sleep()
-
-    def wake(self, tick) -> None:
-        self.engine.wake()
+    def call(self, tick, method: str) -> None:
+        getattr(self.engine, method)()
 
 # %% ../nbs/04_inference.ipynb #b9f5f3c6
 def serve_replica(fd: int) -> None:
@@ -757,11 +755,12 @@ def multi_process_service():
     quietly = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
     with (tempfile.TemporaryDirectory(prefix="cs336_mps_", ignore_cleanup_errors=True) as folder,
           environment(CUDA_MPS_PIPE_DIRECTORY=folder, CUDA_MPS_LOG_DIRECTORY=folder)):
-        subprocess.run([control, "-d"], stdin=subprocess.DEVNULL, **quietly)
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # without the daemon CUDA works as always
+            subprocess.run([control, "-d"], stdin=subprocess.DEVNULL, **quietly)
         try:
             yield
         finally:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 subprocess.run([control], input=b"quit\n", **quietly)
 
 # %% ../nbs/04_inference.ipynb #32f87228
@@ -794,16 +793,13 @@ class ReplicaTeam(Lifecycle):
         team_load_weights(self, named)
 
     def sleep(self):
-        ask_all(self.replicas, "sleep", [()] * len(self.replicas))
+        ask_all(self.replicas, "call", [("sleep",)] * len(self.replicas))
 
     def wake(self):
-        ask_all(self.replicas, "wake", [()] * len(self.replicas))
+        ask_all(self.replicas, "call", [("wake",)] * len(self.replicas))
 
     def close(self):
-        if self.memory is not None and self.memory.is_cuda and not any(r.busy for r in self.replicas):
-            with contextlib.suppress(RuntimeError):  # otherwise CUDA complains at exit that it is still shared
-                ask_all(self.replicas, "detach", [()] * len(self.replicas))
-        self.memory = None
+        team_release(self)
         self.end()
 
 # %% ../nbs/04_inference.ipynb #837e859d
@@ -844,6 +840,14 @@ def team_load_weights(team: ReplicaTeam, named: list[tuple[str, Tensor]]) -> Non
     if team.memory.is_cuda:
         torch.cuda.synchronize()
     ask_all(team.replicas, "load_weights", [(layout,)] * len(team.replicas))
+
+
+def team_release(team: ReplicaTeam) -> None:
+    """Has the replicas let go of shared GPU memory, if none is at work: else CUDA complains at exit that it is still shared."""
+    if team.memory is not None and team.memory.is_cuda and not any(r.busy for r in team.replicas):
+        with contextlib.suppress(RuntimeError):  # one that has died holds nothing
+            ask_all(team.replicas, "detach", [()] * len(team.replicas))
+    team.memory = None
 
 # %% ../nbs/04_inference.ipynb #230d7d9f
 def vllm_version() -> str | None:
