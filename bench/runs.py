@@ -36,7 +36,7 @@ from cs336_alignment.sft_math_reasoning_ei import expert_iteration, rate_configs
 
 TEACHER = "n1024_seed0"  # its responses are the traces of the stage `quality`
 TRACED = {"micro": None, "pocket": 4096, "course": None}  # problems that it solves; None: the track's pool
-GRPO_RATES = (5e-6, 1e-5, 2e-5, 4e-5)  # expert iteration loses at a constant 1e-4 (09)
+GRPO_RATES = (1e-5, 2e-5, 4e-5, 8e-5)  # expert iteration loses at a constant 1e-4 (09)
 ENGINE = {"max_num_seqs": 512,  # in larger batches vLLM leaves CUDA graphs
           "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, *range(32, 513, 32)]}}  # fewer: starts sooner
 
@@ -215,7 +215,7 @@ def grpo_starts(w: Worker, seed: int) -> dict[str, dict]:
 def grpo_rates(w: Worker) -> list[grpo.GRPOConfig]:
     start = grpo_starts(w, w.seeds[0])["gsm_symbolic"]
     return [grpo.grpo_config(w.track, family="grpo_lr_sweep", variant=f"lr{rate:g}", seed=w.seeds[0], learning_rate=rate,
-                             n_grpo_steps=100, eval_data="validation", model=policy_name(start)) for rate in GRPO_RATES]
+                             n_grpo_steps=100, eval_every=25, eval_data="validation", model=policy_name(start)) for rate in GRPO_RATES]
 
 
 def grpo_lr(w: Worker) -> None:
@@ -225,12 +225,16 @@ def grpo_lr(w: Worker) -> None:
         grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled, keep_policy=False)
 
 
-def grpo_run(w: Worker, data: str) -> None:
-    """200 steps from the policy finetuned on the same data set, at the best rate of the sweep."""
+def grpo_run(w: Worker, data: str, family: str = "grpo") -> None:
+    """200 steps from the policy finetuned on the same data set, at the best rate of the sweep.
+
+    In the family grpo_alone for its time, with the GPU for itself: `runs.py grpo_alone --seeds 0 --replicas 4`."""
+    if family == "grpo_alone" and len(w.seeds) > 1:
+        raise ValueError("grpo_alone is timed, and has to be the only run on this machine: give it one seed, --seeds 0")
     w.wait_for([run_folder(asdict(config), w.root) / "summary.json" for config in grpo_rates(w)])
     best = best_tuning(w.root / f"grpo_lr_sweep_{w.track}", "learning_rate")
     w.have(start := grpo_starts(w, w.seed)[data])
-    config = grpo.grpo_config(w.track, variant=data, seed=w.seed, train_data=data, eval_data=data, model=policy_name(start), **best)
+    config = grpo.grpo_config(w.track, family=family, variant=data, seed=w.seed, train_data=data, eval_data=data, model=policy_name(start), **best)
     begin = time.perf_counter()
     summary = grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled)
     print(f"{policy_name(start)}: {summary['final']['answer_accuracy']:.1%} after GRPO, {time.perf_counter() - begin:.0f} s", flush=True)
@@ -238,7 +242,7 @@ def grpo_run(w: Worker, data: str) -> None:
 
 STAGES = {"tune": tune, "sft": sizes, "traces": traces, "ei_tune": ei_tune, "ei": ei, "benchmark": benchmark, "ei_vary": ei_vary, "gsm8k": gsm8k,
           "quality": quality, "updates": updates, "grpo_lr": grpo_lr, "grpo": partial(grpo_run, data="gsm_symbolic"),
-          "grpo_gsm8k": partial(grpo_run, data="gsm8k")}
+          "grpo_gsm8k": partial(grpo_run, data="gsm8k"), "grpo_alone": partial(grpo_run, data="gsm_symbolic", family="grpo_alone")}
 
 
 def work(seed: int, seeds: list[int], stages: list[str], track: str, root: Path, compiled: bool, replicas: int, share: float) -> None:
@@ -273,13 +277,13 @@ def run_seeds(command: list[str], seeds: list[int], root: Path) -> dict[int, int
     return failed
 
 
-def main(stages: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(STAGES)}; default: all")] = None,
+def main(stages: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(STAGES)}; default: all but grpo_alone")] = None,
          track: str = "pocket", seeds: str = "0,1,2,3", root: Path = Path("results"), compiled: bool = torch.cuda.is_available(),
          replicas: Annotated[int, typer.Option(help="vLLM engines of each process")] = 1,
          share: Annotated[float, typer.Option(help="of a GPU's memory, for each process's engines")] = 0.08,
          seed: Annotated[int | None, typer.Option(help="only this one, in this process", hidden=True)] = None) -> None:
     """Runs the stages; the output of each process goes to ROOT/logs/seed<k>.log."""
-    stages, numbers = stages or list(STAGES), [int(s) for s in seeds.split(",")]
+    stages, numbers = stages or [s for s in STAGES if s != "grpo_alone"], [int(s) for s in seeds.split(",")]
     if unknown := set(stages) - set(STAGES):
         sys.exit(f"unknown stage {', '.join(unknown)}; there are: {', '.join(STAGES)}")
     if seed is not None:
