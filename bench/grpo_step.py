@@ -7,7 +7,8 @@
 Both sides sample 256 answers (32 questions, groups of 8) and make one update (reinforce_with_baseline, masked_mean).
 The literal side has one engine; bfloat16 weights, as the handout loads them; padded micro-batches of 2 with float32
 logits and entropies at every position (`get_response_log_probs`, `grpo_microbatch_train_step`), for all 256 answers.
-Our side: `--replicas` engines, float32 weights, packed rows, answers without an advantage dropped. The same on both
+Our side: the fastest number of engines up to `--replicas`, float32 weights, packed rows, compiled layers on a GPU,
+answers without an advantage dropped. The same on both
 sides: rewards are random (a grader would be fed noise here), so that the share of answers with a non-zero advantage
 is known, all or 40%; and answers have the full length (ignore_eos).
 
@@ -184,15 +185,30 @@ def attempt(rows: list[dict], name: str, run) -> None:
 
 # --- the two settings
 
-def compare(build, model_name, prompts, max_tokens: int, options: dict, literal_share: float, pass_tokens: int,
-            steps: int, n: int, group: int) -> dict:
+def rollout_seconds(engine, prompts, sampling) -> dict[int, float]:
+    """Seconds of one rollout batch with 1, 2, … of the engine's replicas at work; it is left with the fastest number."""
+    team, seconds = engine.backend.replicas, {}
+    for k in range(1, len(team) + 1):
+        engine.backend.replicas, turns = team[:k], []
+        for _ in range(3):  # the first warms up
+            start = time.perf_counter()
+            engine.generate(prompts, sampling, progress=False)
+            turns.append(time.perf_counter() - start)
+        seconds[k] = min(turns[1:])
+        print(f"rollouts with {k} engine(s): {seconds[k]:.2f} s", flush=True)
+    engine.backend.replicas = team[:min(seconds, key=seconds.get)]
+    return seconds
+
+
+def compare(build, model_name, prompts, max_tokens: int, replicas: int, options: dict, literal_share: float,
+            pass_tokens: int, steps: int, n: int, group: int) -> dict:
     """Literal loop, then ours with 100% and 40% of the answers having an advantage. `build(dtype)` makes the policy."""
     config = replace(G.grpo_config("pocket"), rollout_batch_size=n, train_batch_size=n, group_size=group,
                      gradient_accumulation_steps=n // 2, max_tokens=max_tokens)
     sampling = SamplingParams(n=group, max_tokens=max_tokens, stop=(), ignore_eos=True, logprobs=None)
     half = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     advantages = {share: G.compute_advantages(config, random_rewards(n, group, share))[0] for share in (1.0, 0.4)}
-    rows = []
+    rows, by_engines = [], {}
 
     def engine(replicas: int):
         if DEVICE == "cpu":
@@ -207,26 +223,26 @@ def compare(build, model_name, prompts, max_tokens: int, options: dict, literal_
             return measure("literal: one engine, padded pairs", lambda: literal_step(
                 policy, optimizer, e, prompts, sampling, advantages[1.0], literal_share), max(1, steps - 1))
 
-    def ours(share: float, compiled: bool, e) -> dict:
+    def ours(share: float, e) -> dict:
         policy = build(torch.float32)
-        if compiled:
+        if DEVICE == "cuda":
             compile_policy(policy)
         optimizer = make_optimizer(policy, 1e-6)
-        name = f"ours, {share:.0%} with an advantage" + (", compiled" if compiled else "")
-        return measure(name, lambda: our_step(policy, optimizer, e, prompts, sampling, advantages[share], config,
-                                              pass_tokens), steps)
+        return measure(f"ours, {share:.0%} with an advantage", lambda: our_step(
+            policy, optimizer, e, prompts, sampling, advantages[share], config, pass_tokens), steps)
 
     attempt(rows, "literal", literal)
-    replicas = options.pop("replicas", 1)
     try:
         with engine(replicas) as e:
-            for share, compiled in [(1.0, False), (0.4, False)] + [(1.0, True)] * (DEVICE == "cuda"):
-                attempt(rows, f"ours, {share:.0%}", lambda: ours(share, compiled, e))
+            if DEVICE == "cuda":
+                by_engines = rollout_seconds(e, prompts, sampling)
+            for share in advantages:
+                attempt(rows, f"ours, {share:.0%}", lambda: ours(share, e))
     except Exception as error:
         traceback.print_exc()
         rows.append({"variant": f"ours: {replicas} engine(s)", "error": f"{type(error).__name__}: {error}"[:2000]})
     return {"rollouts": n, "group_size": group, "prompts": len(prompts), "response_tokens": max_tokens,
-            "literal_share": literal_share, "replicas": replicas, "pass_tokens": pass_tokens, "engine_options": options,
+            "literal_share": literal_share, "rollout_s_by_engines": by_engines, "pass_tokens": pass_tokens, "engine_options": options,
             "variants": rows, "speedups": speedups(rows)}
 
 
@@ -244,13 +260,13 @@ def pocket(small: bool, replicas: int, steps: int) -> dict:
             shape = LlamaConfig(**TINY, pad_token_id=0, eos_token_id=1, bos_token_id=None)
             return LlamaForCausalLM(shape).to(DEVICE, dtype)
         prompts = [fill_prompt(load_prompt("micro"), p.question) for p in load_problems("micro", "train", n=4)]
-        return compare(build, None, prompts, 12, {}, 0.5, 500, 1, 16, 4)
+        return compare(build, None, prompts, 12, 1, {}, 0.5, 500, 1, 16, 4)
     prompts = [fill_prompt(load_prompt("r1_zero"), p.question) for p in load_problems("gsm_symbolic", "train", n=32)]
 
     def build(dtype):
         return G.load_policy("smollm2-135m", device=DEVICE, dtype=dtype)[0]
-    options = {"gpu_memory_utilization": 0.35, "replicas": replicas, "max_model_len": 1024}
-    return compare(build, "smollm2-135m", prompts, 256, options, 0.25, 32_768, steps, 256, 8)
+    options = {"gpu_memory_utilization": 0.2, "max_model_len": 1024}
+    return compare(build, "smollm2-135m", prompts, 256, replicas, options, 0.25, 32_768, steps, 256, 8)
 
 
 def course(small: bool, replicas: int, steps: int) -> dict:
@@ -264,10 +280,10 @@ def course(small: bool, replicas: int, steps: int) -> dict:
         with torch.device(DEVICE):
             return Qwen2ForCausalLM(Qwen2Config(**shape)).to(dtype)
     if small:
-        return compare(build, None, prompts, 16, {}, 0.5, 500, 1, 16, 4)
+        return compare(build, None, prompts, 16, 1, {}, 0.5, 500, 1, 16, 4)
     folder = random_weights(build)
-    options = {"gpu_memory_utilization": 0.25, "replicas": min(replicas, 2), "max_model_len": 2048}
-    return compare(build, folder, prompts, 1024, options, 1 / 16, 8 * 1173, min(steps, 2), 256, 8)
+    options = {"gpu_memory_utilization": 0.165, "max_model_len": 1280}  # of an H200: 2 engines in 23 GB
+    return compare(build, folder, prompts, 1024, min(replicas, 2), options, 1 / 16, 5 * 1173, min(steps, 2), 256, 8)
 
 
 def random_weights(build) -> Path:
@@ -292,8 +308,9 @@ def main(out: Path = Path("results/bench/grpo_step.json"), small: bool = False, 
         with multi_process_service():
             sys.exit(subprocess.call([sys.executable, *sys.argv, "--here"]))
     gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU"
-    result = {"gpu": gpu, "torch": torch.__version__, "transformers": transformers.__version__, "small": small,
-              "rewards": "random: 100% or 40% of the groups are mixed; grading is not part of the step"}
+    result = json.loads(out.read_text()) if out.exists() else {}  # with --only, the other setting is kept
+    result |= {"gpu": gpu, "torch": torch.__version__, "transformers": transformers.__version__, "small": small,
+               "rewards": "random: 100% or 40% of the groups are mixed; grading is not part of the step"}
     print(f"{gpu}, torch {torch.__version__}")
     for name, setting in {"pocket": pocket, "course": course}.items():
         if only in ("", name):

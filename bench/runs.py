@@ -248,7 +248,7 @@ STAGES = {"tune": tune, "sft": sizes, "traces": traces, "ei_tune": ei_tune, "ei"
 def work(seed: int, seeds: list[int], stages: list[str], track: str, root: Path, compiled: bool, replicas: int, share: float) -> None:
     """The stages of one seed, in this process."""
     failed = []
-    with shared_engine(TRACKS[track].model, replicas, share, **ENGINE) as engine:
+    with shared_engine(TRACKS[track].model, replicas, replicas * share, **ENGINE) as engine:
         worker = Worker(seed, seeds, track, root, engine and Remembering(engine), compiled)
         for stage in stages:
             begin = time.perf_counter()
@@ -280,7 +280,7 @@ def run_seeds(command: list[str], seeds: list[int], root: Path) -> dict[int, int
 def main(stages: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(STAGES)}; default: all but grpo_alone")] = None,
          track: str = "pocket", seeds: str = "0,1,2,3", root: Path = Path("results"), compiled: bool = torch.cuda.is_available(),
          replicas: Annotated[int, typer.Option(help="vLLM engines of each process")] = 1,
-         share: Annotated[float, typer.Option(help="of a GPU's memory, for each process's engines")] = 0.08,
+         share: Annotated[float, typer.Option(help="of a GPU's memory, for each engine")] = 0.05,
          seed: Annotated[int | None, typer.Option(help="only this one, in this process", hidden=True)] = None) -> None:
     """Runs the stages; the output of each process goes to ROOT/logs/seed<k>.log."""
     stages, numbers = stages or [s for s in STAGES if s != "grpo_alone"], [int(s) for s in seeds.split(",")]
