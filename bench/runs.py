@@ -75,6 +75,11 @@ class Worker:
     engine: Remembering | None  # None: each run samples from its own policy
     compiled: bool
 
+    @property
+    def bare_engine(self) -> Engine | None:
+        """For GRPO, which samples an evaluation of its own each time: nothing to remember."""
+        return self.engine and self.engine.engine
+
     def run(self, work, configs: list[dict], keep: bool = False) -> None:
         for config in configs:
             begin = time.perf_counter()
@@ -86,12 +91,15 @@ class Worker:
         """Those of a list of runs that fall to this process."""
         return configs[self.seeds.index(self.seed)::len(self.seeds)]
 
-    def have(self, config: dict, needed: bool = True) -> None:
-        """Trains a policy again that a finished run has left on another machine: weights are not in the repository."""
+    def have(self, config: dict, needed: bool = True, work=None) -> None:
+        """Trains a policy again that a finished run has left on another machine: weights are not in the repository.
+
+        work: expert_iteration, or by default sft, with one evaluation."""
         if needed and policy_name(config) not in trained_policies():
+            config, work = (config, work) if work else (config | {"evaluations": 1}, sft)
             with FileLock(cache_dir() / f"again-{config['variant']}_seed{config['seed']}.lock"):
-                sft(config | {"evaluations": 1}, self.engine, self.root / "logs" / "again", keep=True, progress=False,
-                    compiled=self.compiled, checkpoint_s=60)
+                work(config, self.engine, self.root / "logs" / "again", keep=True, progress=False, compiled=self.compiled,
+                     checkpoint_s=60)
 
     def wait_for(self, paths: list[Path]) -> None:
         while missing := [path for path in paths if not path.exists()]:
@@ -197,14 +205,17 @@ def ei_vary(w: Worker) -> None:
 
 
 def benchmark(w: Worker) -> None:
-    """Policies trained on GSM-Symbolic, evaluated without more training on GSM8K and on templates never seen."""
-    for name, policy in [("sft", f"sft_experiments_{w.track}/nall"), ("ei", f"ei_{w.track}/base")]:
+    """Policies trained on GSM-Symbolic, all of it or by expert iteration with the most questions, evaluated without more
+    training on GSM8K and on templates never seen."""
+    train = {"sft": (f"sft_experiments_{w.track}/nall", lambda: w.have(sft_config(w.track, None, w.seed, **w.tuned()))),
+             "ei": (f"ei_{w.track}/Db2048", lambda: w.have(ei_configs(w)[-1], work=expert_iteration))}
+    for name, (policy, make) in train.items():
         configs = [sft_config(w.track, None, w.seed, family="benchmark", variant=f"{name}_{Path(data).stem}",
                               model=f"{policy}_seed{w.seed}", eval_data=data, n_eval=n, epochs=0, min_steps=0)
                    for data, n in [("gsm8k", 1319), ("data/gsm_symbolic/heldout.jsonl", 500)]]
-        missing = [c for c in configs if not (run_folder(c, w.root) / "summary.json").exists()]
-        w.have(sft_config(w.track, None, w.seed, **w.tuned()), needed=bool(missing) and name == "sft")
-        w.run(sft, missing)
+        if missing := [c for c in configs if not (run_folder(c, w.root) / "summary.json").exists()]:
+            make()
+            w.run(sft, missing)
 
 
 def grpo_starts(w: Worker, seed: int) -> dict[str, dict]:
@@ -222,7 +233,7 @@ def grpo_lr(w: Worker) -> None:
     """Learning rates of GRPO on held-back training problems, one seed each, dealt out to the processes."""
     w.have(grpo_starts(w, w.seeds[0])["gsm_symbolic"])
     for config in w.share(grpo_rates(w)):
-        grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled, keep_policy=False)
+        grpo.train(config, w.bare_engine, w.root, progress=False, compiled=w.compiled, keep_policy=False)
 
 
 def grpo_run(w: Worker, data: str, family: str = "grpo") -> None:
@@ -236,7 +247,7 @@ def grpo_run(w: Worker, data: str, family: str = "grpo") -> None:
     w.have(start := grpo_starts(w, w.seed)[data])
     config = grpo.grpo_config(w.track, family=family, variant=data, seed=w.seed, train_data=data, eval_data=data, model=policy_name(start), **best)
     begin = time.perf_counter()
-    summary = grpo.train(config, w.engine, w.root, progress=False, compiled=w.compiled)
+    summary = grpo.train(config, w.bare_engine, w.root, progress=False, compiled=w.compiled)
     print(f"{policy_name(start)}: {summary['final']['answer_accuracy']:.1%} after GRPO, {time.perf_counter() - begin:.0f} s", flush=True)
 
 

@@ -83,6 +83,38 @@ def test_a_policy_is_trained_again_only_where_it_is_missing(tmp_path, monkeypatc
     worker(tmp_path / "results", 2).have(config)
     (again, root, keep), = calls
     assert again == config | {"evaluations": 1} and keep and root == tmp_path / "results" / "logs" / "again"
+    other = config | {"variant": "Db2048"}
+    worker(tmp_path / "results", 2).have(other, work=lambda config, *args, **options: calls.append((config, options["keep"])))
+    assert calls[1:] == [(other, True)]  # by the work that made it, as it was
+
+
+def test_policies_are_evaluated_elsewhere_once_and_made_only_if_that_is_missing(tmp_path, monkeypatch):
+    made, ran = [], []
+    monkeypatch.setattr(runs, "ei_configs", lambda w: [{"family": "ei", "track": w.track, "variant": "Db2048", "seed": w.seed}])
+    monkeypatch.setattr(runs.Worker, "tuned", lambda w: {})
+    monkeypatch.setattr(runs.Worker, "have", lambda w, config, **options: made.append(runs.policy_name(config)))
+    monkeypatch.setattr(runs.Worker, "run", lambda w, work, configs: ran.extend(configs))
+    runs.benchmark(worker(tmp_path, 1))
+    assert made == ["sft_experiments_pocket/nall_seed1", "ei_pocket/Db2048_seed1"] == list(dict.fromkeys(c["model"] for c in ran))
+    assert [c["variant"] for c in ran] == ["sft_gsm8k", "sft_heldout", "ei_gsm8k", "ei_heldout"]
+    for config in ran:
+        folder = runs.run_folder(config, tmp_path)
+        folder.mkdir(parents=True)
+        (folder / "summary.json").touch()
+    runs.benchmark(worker(tmp_path, 1))
+    assert len(made) == 2 and len(ran) == 4
+
+
+def test_grpo_gets_the_engine_itself(tmp_path):
+    assert worker(tmp_path).bare_engine is None
+    remembering = runs.Remembering(Counting())
+    w = runs.Worker(0, [0], "pocket", tmp_path, remembering, False)
+    assert w.bare_engine is remembering.engine
+
+
+def test_the_run_that_is_timed_is_alone(tmp_path):
+    with pytest.raises(ValueError, match="--seeds 0"):
+        runs.STAGES["grpo_alone"](worker(tmp_path))
 
 
 def test_a_stage_that_fails_leaves_the_others_running_and_is_told(tmp_path, monkeypatch, capsys):
