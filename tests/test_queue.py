@@ -142,3 +142,11 @@ def test_each_seed_is_a_process_and_the_ones_that_fail_are_told(tmp_path):
     failed = runs.run_seeds([sys.executable, "-c", "import sys; print(sys.argv); sys.exit(int(sys.argv[2]) % 2)"], [1, 2, 3], tmp_path)
     assert failed == {1: 1, 3: 1} and (tmp_path / "stop").exists()
     assert (tmp_path / "logs" / "seed2.log").read_text() == "['-c', '--seed', '2']\n"
+
+
+def test_by_default_all_stages_run_but_the_one_that_is_alone(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(runs, "run_seeds", lambda command, seeds, root: commands.append(command) or {})
+    with pytest.raises(SystemExit):
+        runs.main(root=tmp_path)
+    assert set(runs.STAGES) & set(commands[0]) == set(runs.STAGES) - {"grpo_alone"}
