@@ -47,7 +47,8 @@ from cs336_alignment.grpo_helper import grpo_microbatch_train_step
 from cs336_alignment.inference import Completion, SamplingParams, make_engine, multi_process_service
 from cs336_alignment.models import character_tokenizer
 from cs336_alignment.sft_helper import compile_policy, get_response_log_probs, make_optimizer
-from training_throughput import DEVICE, QWEN_1_5B, synchronize  # the bench beside this one
+from runs import ENGINE  # the benches beside this one
+from training_throughput import DEVICE, QWEN_1_5B, synchronize
 
 TINY = dict(vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True)
@@ -185,12 +186,12 @@ def attempt(rows: list[dict], name: str, run) -> None:
 
 # --- the two settings
 
-def rollout_seconds(engine, prompts, sampling) -> dict[int, float]:
+def rollout_seconds(engine, prompts, sampling, repeats: int) -> dict[int, float]:
     """Seconds of one rollout batch with 1, 2, … of the engine's replicas at work; it is left with the fastest number."""
     team, seconds = engine.backend.replicas, {}
     for k in range(1, len(team) + 1):
         engine.backend.replicas, turns = team[:k], []
-        for _ in range(3):  # the first warms up
+        for _ in range(1 + repeats):  # the first warms up
             start = time.perf_counter()
             engine.generate(prompts, sampling, progress=False)
             turns.append(time.perf_counter() - start)
@@ -235,7 +236,7 @@ def compare(build, model_name, prompts, max_tokens: int, replicas: int, options:
     try:
         with engine(replicas) as e:
             if DEVICE == "cuda":
-                by_engines = rollout_seconds(e, prompts, sampling)
+                by_engines = rollout_seconds(e, prompts, sampling, steps - 1)
             for share in advantages:
                 attempt(rows, f"ours, {share:.0%}", lambda: ours(share, e))
     except Exception as error:
@@ -265,7 +266,7 @@ def pocket(small: bool, replicas: int, steps: int) -> dict:
 
     def build(dtype):
         return G.load_policy("smollm2-135m", device=DEVICE, dtype=dtype)[0]
-    options = {"gpu_memory_utilization": 0.2, "max_model_len": 1024}
+    options = {"gpu_memory_utilization": 0.2} | ENGINE
     return compare(build, "smollm2-135m", prompts, 256, replicas, options, 0.25, 32_768, steps, 256, 8)
 
 
