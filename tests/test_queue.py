@@ -5,6 +5,7 @@ import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
+import grpo_step  # noqa: E402
 import runs  # noqa: E402
 from cs336_alignment.inference import SamplingParams  # noqa: E402
 
@@ -103,6 +105,22 @@ def test_policies_are_evaluated_elsewhere_once_and_made_only_if_that_is_missing(
         (folder / "summary.json").touch()
     runs.benchmark(worker(tmp_path, 1))
     assert len(made) == 2 and len(ran) == 4
+
+
+def test_the_policy_for_the_benchmark_is_the_one_that_is_kept(tmp_path, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(runs, "ei_configs", lambda w: runs.variation_configs("micro", 0))
+    monkeypatch.setattr(runs.Worker, "run", lambda w, work, configs, keep=False: kept.update({c["variant"]: keep for c in configs}))
+    runs.ei_vary(worker(tmp_path))
+    names = [c["variant"] for c in runs.variation_configs("micro", 0)]
+    assert set(kept) == set(names[1:]) and [v for v, keep in kept.items() if keep] == names[-1:]
+
+
+def test_the_fastest_number_of_engines_is_kept():
+    engine = SimpleNamespace(backend=SimpleNamespace(replicas=["a", "b", "c"]))
+    engine.generate = lambda *args, **options: time.sleep({1: 0.1, 2: 0.02, 3: 0.06}[len(engine.backend.replicas)])
+    seconds = grpo_step.rollout_seconds(engine, [], None, 1)
+    assert list(seconds) == [1, 2, 3] and engine.backend.replicas == ["a", "b"]
 
 
 def test_grpo_gets_the_engine_itself(tmp_path):
