@@ -211,11 +211,12 @@ def reload_and_seeds(bench):
         engine.load_weights(kept)
         restored = engine.generate(bench.prompts[:32], greedy, progress=False)
         agree(bench, "weights restored: first 16 tokens equal, share", restored, after)
-        try:  # the other way in, for comparison; it does not work everywhere after a reload
-            direct = timed(engine.backend.llm.apply_model, lambda m: m.load_weights(iter(kept.items())) and None)[1]
-            bench.put(**{"apply_model(load_weights), s": direct})
+        try:  # vLLM's own way in, for comparison
+            weights = {"weights_iterator": iter(kept.items())}
+            reload = timed(engine.backend.llm.collective_rpc, "reload_weights", kwargs=weights)[1]
+            bench.put(**{"vLLM's reload_weights, s": reload})
         except Exception as e:
-            bench.put(**{"apply_model(load_weights) after a reload failed": repr(e)})
+            bench.put(**{"vLLM's reload_weights failed": repr(e)})
 
 
 def agree(bench, name, ours, theirs, tokens=16):

@@ -247,7 +247,9 @@ def grpo_run(w: Worker, data: str, family: str = "grpo") -> None:
     w.wait_for([run_folder(asdict(config), w.root) / "summary.json" for config in grpo_rates(w)])
     best = best_tuning(w.root / f"grpo_lr_sweep_{w.track}", "learning_rate")
     w.have(start := grpo_starts(w, w.seed)[data])
-    config = grpo.grpo_config(w.track, family=family, variant=data, seed=w.seed, train_data=data, eval_data=data, model=policy_name(start), **best)
+    whole_test = {"n_eval": 1319, "eval_every": 25} if data == "gsm8k" else {}
+    config = grpo.grpo_config(w.track, family=family, variant=data, seed=w.seed, train_data=data, eval_data=data,
+                              model=policy_name(start), **best, **whole_test)
     begin = time.perf_counter()
     summary = grpo.train(config, w.bare_engine, w.root, progress=False, compiled=w.compiled)
     print(f"{policy_name(start)}: {summary['final']['answer_accuracy']:.1%} after GRPO, {time.perf_counter() - begin:.0f} s", flush=True)

@@ -528,11 +528,10 @@ def vllm_generate(llm, requests: Sequence[Request], sampling: SamplingParams, ti
 # %% ../nbs/04_inference.ipynb #d43cd12e
 def vllm_load_weights(llm, named: list[tuple[str, Tensor]]) -> None:
     """Copies named tensors into vLLM's model in place, and forgets cached keys and values of the old weights."""
-    try:
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named)})
-    except (TypeError, NotImplementedError):  # an older vLLM, or a runner that reloads only from disk
+    if torch.cuda.is_available():
         llm.apply_model(lambda model: model.load_weights(iter(named)) and None)
-    if not torch.cuda.is_available():
+    else:  # vLLM's CPU build packs its weights, and can only load them from the start
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named)})
         llm.apply_model(repack_output_layer)
     llm.reset_prefix_cache()
 
