@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch  # noqa: E402
 
 from cs336_alignment.data import fill_prompt, load_prompt, micro_problems, write_json  # noqa: E402
 from cs336_alignment.inference import (SamplingParams, TransformersEngine, VLLMEngine, environment,  # noqa: E402
-                                       multi_process_service, named_weights, vllm_args, vllm_cleanup)
+                                       multi_process_service, named_weights, vllm_args, vllm_cleanup, vllm_version)
 from cs336_alignment.models import load_policy, model_dir  # noqa: E402
 
 SECTIONS = {}
@@ -45,10 +46,11 @@ def gpu_used_gib() -> float:
 
 
 def timed(function, *args, **kwargs):
-    torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     start = time.perf_counter()
     value = function(*args, **kwargs)
-    torch.cuda.synchronize()
+    wait()
     return value, time.perf_counter() - start
 
 
@@ -239,16 +241,38 @@ def compare_logprobs(bench, model, completions, label=""):
                      f"{label}log-probs against {name}: largest gap, nats": max(values)})
 
 
+STEP_OPTIONS = {"vLLM's defaults": {}, "async_scheduling": {"async_scheduling": True}, "no async_scheduling": {"async_scheduling": False},
+                "no prefix caching": {"enable_prefix_caching": False}}
+
+
 @section
-def large_batches(bench):
-    """(8) More requests at once than CUDA graphs cover (512): vLLM's own limits against ours; the start too."""
-    many, sizes = replace(bench.fixed, n=2048 // len(bench.prompts), max_tokens=128), [1, 2, 4, 8, 16, *range(32, 513, 32)]
-    for name, options in {"vLLM's limits": {}, "at most 512 sequences": dict(max_num_seqs=512), "at most 512, fewer graphs": dict(
-            max_num_seqs=512, compilation_config={"cudagraph_capture_sizes": sizes})}.items():
-        engine, seconds = timed(bench.engine, **options)
-        bench.put(**{f"{name}: start, s": seconds})
-        bench.rate(f"VLLMEngine, 2048 requests, {name}", engine, many)
-        engine.close()
+def step_cost(bench):
+    """(8) Milliseconds a decoding step takes, by sequences at once and options of vLLM; one engine at a time is at work."""
+    def start(options: dict) -> VLLMEngine | str:
+        try:
+            return bench.engine(in_process=False, gpu_memory_utilization=0.1, max_num_seqs=256, **options)
+        except Exception as e:
+            return f"did not start: {str(e).splitlines()[-1]}"
+
+    with ThreadPoolExecutor() as pool:  # starting takes long
+        engines = dict(zip(STEP_OPTIONS, pool.map(start, STEP_OPTIONS.values())))
+    prompts = (bench.prompts * 256)[:256]
+    for name, engine in engines.items():
+        if isinstance(engine, str):
+            bench.put(**{f"a step, {name}": engine})
+            continue
+        with engine:
+            for n in (1, 64, 128, 256):
+                bench.put(**{f"a step, {name}, {n} sequences, ms": 1000 * step_seconds(engine, prompts[:n], bench.options.max_tokens)})
+
+
+def step_seconds(engine, prompts: list[str], tokens: int) -> float:
+    """Seconds of a decoding step: `tokens` tokens more than one, over their number; the best of three."""
+    def seconds(k: int) -> float:
+        sampling = SamplingParams(max_tokens=k, ignore_eos=True, logprobs=None)
+        return min(timed(engine.generate, prompts, sampling, progress=False)[1] for _ in range(3))
+
+    return (seconds(1 + tokens) - seconds(1)) / tokens
 
 
 def sleep_wake_close(bench, name: str, **options) -> None:
@@ -352,8 +376,7 @@ def main():
         return run_section(options)
     out = Path(options.out)
     result = dict(summary={}, tokens_per_s={}, failed={}) | (json.loads(out.read_text()) if out.exists() else {})
-    from importlib.metadata import version
-    result |= dict(gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", vllm=version("vllm"),
+    result |= dict(gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", vllm=vllm_version(),
                    torch=torch.__version__, model=options.model, requests=options.prompts * options.n,
                    max_tokens=options.max_tokens)
     for name in options.only.split(","):

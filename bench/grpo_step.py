@@ -32,6 +32,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import transformers
@@ -253,7 +254,7 @@ def speedups(rows: list[dict]) -> dict[str, float]:
     return {r["variant"]: literal / r["step_s"] for r in rows[1:] if "step_s" in r and not math.isnan(literal)}
 
 
-def pocket(small: bool, replicas: int, steps: int) -> dict:
+def pocket(small: bool, replicas: int, steps: int, vllm: dict) -> dict:
     """SmolLM2-135M on GSM-Symbolic questions, answers of 256 tokens (--small: a tiny Llama on sums, 12 tokens)."""
     if small:
         def build(dtype):
@@ -266,11 +267,11 @@ def pocket(small: bool, replicas: int, steps: int) -> dict:
 
     def build(dtype):
         return G.load_policy("smollm2-135m", device=DEVICE, dtype=dtype)[0]
-    options = {"gpu_memory_utilization": 0.2} | ENGINE
+    options = {"gpu_memory_utilization": 0.2} | ENGINE | vllm
     return compare(build, "smollm2-135m", prompts, 256, replicas, options, 0.25, 32_768, steps, 256, 8)
 
 
-def course(small: bool, replicas: int, steps: int) -> dict:
+def course(small: bool, replicas: int, steps: int, vllm: dict) -> dict:
     """The shape of Qwen2.5-Math-1.5B with random weights: prompts of 150 random tokens, answers of 1,024."""
     shape = dict(TINY) if small else QWEN_1_5B
     rng = random.Random(0)
@@ -283,7 +284,7 @@ def course(small: bool, replicas: int, steps: int) -> dict:
     if small:
         return compare(build, None, prompts, 16, 1, {}, 0.5, 500, 1, 16, 4)
     folder = random_weights(build)
-    options = {"gpu_memory_utilization": 0.165, "max_model_len": 1280}  # of an H200: 2 engines in 23 GB
+    options = {"gpu_memory_utilization": 0.165, "max_model_len": 1280} | vllm  # of an H200: 2 engines in 23 GB
     return compare(build, folder, prompts, 1024, min(replicas, 2), options, 1 / 16, 5 * 1173, min(steps, 2), 256, 8)
 
 
@@ -303,6 +304,7 @@ def random_weights(build) -> Path:
 
 def main(out: Path = Path("results/bench/grpo_step.json"), small: bool = False, steps: int = 3, replicas: int = 4,
          only: str = typer.Option("", help="pocket or course; default both"),
+         vllm: Annotated[dict, typer.Option(parser=json.loads, help="more options for vLLM, as JSON")] = "{}",
          here: bool = typer.Option(False, help="in this process", hidden=True)) -> None:
     """Measures both settings, prints a table, writes JSON after each, so that a stopped run leaves the first."""
     if DEVICE == "cuda" and not here:  # trainer and engines share the GPU
@@ -318,7 +320,7 @@ def main(out: Path = Path("results/bench/grpo_step.json"), small: bool = False, 
             start = time.perf_counter()
             print(f"\n{name}: {setting.__doc__}", flush=True)
             try:
-                result[name] = setting(small, replicas, steps)
+                result[name] = setting(small, replicas, steps, vllm)
             except Exception as error:
                 traceback.print_exc()
                 result[name] = {"error": f"{type(error).__name__}: {error}"}

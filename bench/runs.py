@@ -9,6 +9,7 @@ killed ones go on, so that the script can be stopped and started at will. Where 
 (a tuning run, a file of traces), it waits for it.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -241,7 +242,7 @@ def grpo_lr(w: Worker) -> None:
 def grpo_run(w: Worker, data: str, family: str = "grpo") -> None:
     """200 steps from the policy finetuned on the same data set, at the best rate of the sweep.
 
-    In the family grpo_alone for its time, with the GPU for itself: `runs.py grpo_alone --seeds 0 --replicas 4`."""
+    In the family grpo_alone for its time, with the GPU for itself: `runs.py grpo_alone --seeds 0 --replicas 2`."""
     if family == "grpo_alone" and len(w.seeds) > 1:
         raise ValueError("grpo_alone is timed, and has to be the only run on this machine: give it one seed, --seeds 0")
     w.wait_for([run_folder(asdict(config), w.root) / "summary.json" for config in grpo_rates(w)])
@@ -251,7 +252,7 @@ def grpo_run(w: Worker, data: str, family: str = "grpo") -> None:
     config = grpo.grpo_config(w.track, family=family, variant=data, seed=w.seed, train_data=data, eval_data=data,
                               model=policy_name(start), **best, **whole_test)
     begin = time.perf_counter()
-    summary = grpo.train(config, w.bare_engine, w.root, progress=False, compiled=w.compiled)
+    summary = grpo.train(config, w.bare_engine, w.root, progress=False, compiled=w.compiled, pass_tokens=65_536 // len(w.seeds))
     print(f"{policy_name(start)}: {summary['final']['answer_accuracy']:.1%} after GRPO, {time.perf_counter() - begin:.0f} s", flush=True)
 
 
@@ -260,10 +261,11 @@ STAGES = {"tune": tune, "sft": sizes, "traces": traces, "ei_tune": ei_tune, "ei"
           "grpo_gsm8k": partial(grpo_run, data="gsm8k"), "grpo_alone": partial(grpo_run, data="gsm_symbolic", family="grpo_alone")}
 
 
-def work(seed: int, seeds: list[int], stages: list[str], track: str, root: Path, compiled: bool, replicas: int, share: float) -> None:
+def work(seed: int, seeds: list[int], stages: list[str], track: str, root: Path, compiled: bool, replicas: int, share: float,
+         vllm: dict) -> None:
     """The stages of one seed, in this process."""
     failed = []
-    with shared_engine(TRACKS[track].model, replicas, replicas * share, **ENGINE) as engine:
+    with shared_engine(TRACKS[track].model, replicas, replicas * share, **ENGINE | vllm) as engine:
         worker = Worker(seed, seeds, track, root, engine and Remembering(engine), compiled)
         for stage in stages:
             begin = time.perf_counter()
@@ -296,17 +298,18 @@ def main(stages: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join
          track: str = "pocket", seeds: str = "0,1,2,3", root: Path = Path("results"), compiled: bool = torch.cuda.is_available(),
          replicas: Annotated[int, typer.Option(help="vLLM engines of each process")] = 1,
          share: Annotated[float, typer.Option(help="of a GPU's memory, for each engine")] = 0.05,
+         vllm: Annotated[dict, typer.Option(parser=json.loads, help="more options for vLLM, as JSON")] = "{}",
          seed: Annotated[int | None, typer.Option(help="only this one, in this process", hidden=True)] = None) -> None:
     """Runs the stages; the output of each process goes to ROOT/logs/seed<k>.log."""
     stages, numbers = stages or [s for s in STAGES if s != "grpo_alone"], [int(s) for s in seeds.split(",")]
     if unknown := set(stages) - set(STAGES):
         sys.exit(f"unknown stage {', '.join(unknown)}; there are: {', '.join(STAGES)}")
     if seed is not None:
-        return work(seed, numbers, stages, track, root, compiled, replicas, share)
+        return work(seed, numbers, stages, track, root, compiled, replicas, share, vllm)
     (root / "logs").mkdir(parents=True, exist_ok=True)
     (root / "stop").unlink(missing_ok=True)
     options = ["--track", track, "--seeds", seeds, "--root", str(root), "--replicas", str(replicas), "--share", str(share),
-               "--compiled" if compiled else "--no-compiled"]
+               "--vllm", json.dumps(vllm), "--compiled" if compiled else "--no-compiled"]
     with multi_process_service():
         failed = run_seeds([sys.executable, __file__, *stages, *options], numbers, root)
     for k in failed:

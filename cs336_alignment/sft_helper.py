@@ -315,11 +315,12 @@ def response_slices(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
 
 # %% ../nbs/06_sft_helpers.ipynb #6df5ff44
 @torch.no_grad()
-def packed_log_probs(model: PreTrainedModel, examples: Sequence[Example], max_tokens: int = 16_384,
+def packed_log_probs(model: PreTrainedModel, examples: Sequence[Example], max_tokens: int = 65_536,
                      max_logits: int = MAX_LOGITS) -> list[tuple[Tensor, Tensor]]:
     """For each example, the log-prob and the entropy of every response token: two tensors (n,), on the model's device.
 
-    Equal to `get_response_log_probs` on its response tokens, without gradient and without padding.
+    Equal to `get_response_log_probs` on its response tokens, without gradient (so that `max_tokens` a pass may be many) and
+    without padding.
     """
     result = [(torch.empty(0, device=model.device),) * 2 for _ in examples]
     filled = [i for i, e in enumerate(examples) if len(e.response_ids)]

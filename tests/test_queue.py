@@ -141,11 +141,11 @@ def test_a_stage_that_fails_leaves_the_others_running_and_is_told(tmp_path, monk
     def broken(w):
         raise ValueError("broken on purpose")
 
-    monkeypatch.setattr(runs, "shared_engine", lambda *args, **options: nullcontext())
+    monkeypatch.setattr(runs, "shared_engine", lambda *args, **options: nullcontext(done.append(options["max_num_seqs"])))
     monkeypatch.setattr(runs, "STAGES", {"first": broken, "second": lambda w: done.append(w.seed)})
     with pytest.raises(SystemExit, match="failed: first"):
-        runs.work(1, [0, 1], ["first", "second"], "micro", tmp_path, False, 1, 0.1)
-    assert done == [1] and (tmp_path / "stop").exists()
+        runs.work(1, [0, 1], ["first", "second"], "micro", tmp_path, False, 1, 0.1, {"max_num_seqs": 64})
+    assert done == [64, 1] and (tmp_path / "stop").exists()
     assert "broken on purpose" in capsys.readouterr().err
 
 
