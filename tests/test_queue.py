@@ -130,6 +130,23 @@ def test_grpo_gets_the_engine_itself(tmp_path):
     assert w.bare_engine is remembering.engine
 
 
+def test_grpo_starts_from_the_policy_of_its_data_and_takes_larger_passes_alone(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(runs.Worker, "tuned", lambda w: {})
+    monkeypatch.setattr(runs.Worker, "wait_for", lambda w, paths: None)
+    monkeypatch.setattr(runs.Worker, "have", lambda w, config: None)
+    monkeypatch.setattr(runs, "best_tuning", lambda *args: {"learning_rate": 2e-5})
+    monkeypatch.setattr(runs.grpo, "train", lambda config, *args, **options: calls.append((config, options["pass_tokens"])) or
+                        {"final": {"answer_accuracy": 0.5}})
+    for stage, seeds in [("grpo", [0, 1, 2, 3]), ("grpo_gsm8k", [0, 1, 2, 3]), ("grpo_alone", [0])]:
+        runs.STAGES[stage](worker(tmp_path, 0, seeds))
+    (symbolic, few), (gsm8k, _), (alone, many) = calls
+    assert (symbolic.model, symbolic.eval_data, symbolic.learning_rate) == ("sft_experiments_pocket/n1024_seed0", "gsm_symbolic", 2e-5)
+    assert (gsm8k.model, gsm8k.train_data, gsm8k.eval_data) == ("sft_experiments_pocket/gsm8k_seed0", "gsm8k", "gsm8k")
+    assert gsm8k.n_eval == 1319 and gsm8k.learning_rate == 2e-5  # its whole test set
+    assert (few, many) == (16_384, 65_536) and alone.family == "grpo_alone" and alone.model == symbolic.model
+
+
 def test_the_run_that_is_timed_is_alone(tmp_path):
     with pytest.raises(ValueError, match="--seeds 0"):
         runs.STAGES["grpo_alone"](worker(tmp_path))
