@@ -39,19 +39,17 @@ import transformers
 import typer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config,
-                          Qwen2ForCausalLM)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from cs336_alignment import grpo as G
 from cs336_alignment.data import fill_prompt, load_problems, load_prompt
 from cs336_alignment.grpo_helper import grpo_microbatch_train_step
-from cs336_alignment.inference import Completion, SamplingParams, make_engine, multi_process_service
-from cs336_alignment.models import character_tokenizer
+from cs336_alignment.inference import Completion, SamplingParams, make_engine, multi_process_service, vllm_problem
 from cs336_alignment.sft_helper import compile_policy, get_response_log_probs, make_optimizer
 from runs import ENGINE  # the benches beside this one
 from training_throughput import DEVICE, QWEN_1_5B, synchronize
 
-TINY = dict(vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+TINY = dict(vocab_size=99, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True)
 
 
@@ -213,9 +211,8 @@ def compare(build, model_name, prompts, max_tokens: int, replicas: int, options:
     rows, by_engines = [], {}
 
     def engine(replicas: int):
-        if DEVICE == "cpu":
-            policy = build(torch.float32)
-            return make_engine(policy, tokenizer=character_tokenizer(), batch_size=n, verbose=False)
+        if vllm_problem():
+            return make_engine(model_name, kind="transformers", batch_size=n)
         return make_engine(model_name, kind="vllm", replicas=replicas, in_process=False, **options)
 
     def literal() -> dict:
@@ -236,7 +233,7 @@ def compare(build, model_name, prompts, max_tokens: int, replicas: int, options:
     attempt(rows, "literal", literal)
     try:
         with engine(replicas) as e:
-            if DEVICE == "cuda":
+            if not vllm_problem():
                 by_engines = rollout_seconds(e, prompts, sampling, steps - 1)
             for share in advantages:
                 attempt(rows, f"ours, {share:.0%}", lambda: ours(share, e))
@@ -255,51 +252,40 @@ def speedups(rows: list[dict]) -> dict[str, float]:
 
 
 def pocket(small: bool, replicas: int, steps: int, vllm: dict) -> dict:
-    """SmolLM2-135M on GSM-Symbolic questions, answers of 256 tokens (--small: a tiny Llama on sums, 12 tokens)."""
-    if small:
-        def build(dtype):
-            torch.manual_seed(0)
-            shape = LlamaConfig(**TINY, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-            return LlamaForCausalLM(shape).to(DEVICE, dtype)
-        prompts = [fill_prompt(load_prompt("micro"), p.question) for p in load_problems("micro", "train", n=4)]
-        return compare(build, None, prompts, 12, 1, {}, 0.5, 500, 1, 16, 4)
-    prompts = [fill_prompt(load_prompt("r1_zero"), p.question) for p in load_problems("gsm_symbolic", "train", n=32)]
+    """SmolLM2-135M on GSM-Symbolic questions, answers of 256 tokens (--small: the micro model on sums, 12 tokens)."""
+    model, data, prompt = ("micro", "micro", "micro") if small else ("smollm2-135m", "gsm_symbolic", "r1_zero")
+    n, group, tokens, pass_tokens = (16, 4, 12, 500) if small else (256, 8, 256, 32_768)
+    prompts = [fill_prompt(load_prompt(prompt), p.question) for p in load_problems(data, "train", n=n // group)]
 
     def build(dtype):
-        return G.load_policy("smollm2-135m", device=DEVICE, dtype=dtype)[0]
+        return G.load_policy(model, device=DEVICE, dtype=dtype)[0]
     options = {"gpu_memory_utilization": 0.2} | ENGINE | vllm
-    return compare(build, "smollm2-135m", prompts, 256, replicas, options, 0.25, 32_768, steps, 256, 8)
+    return compare(build, model, prompts, tokens, replicas, options, 0.25, pass_tokens, steps, n, group)
 
 
 def course(small: bool, replicas: int, steps: int, vllm: dict) -> dict:
     """The shape of Qwen2.5-Math-1.5B with random weights: prompts of 150 random tokens, answers of 1,024."""
-    shape = dict(TINY) if small else QWEN_1_5B
-    rng = random.Random(0)
-    prompts = [rng.choices(range(3, 90), k=10 if small else 150) for _ in range(4 if small else 32)]
+    shape, rng = TINY if small else QWEN_1_5B, random.Random(0)
+    n, group, length, tokens, pass_tokens = (16, 4, 10, 16, 500) if small else (256, 8, 150, 1024, 5 * 1173)
+    prompts = [rng.choices(range(3, 90), k=length) for _ in range(n // group)]
 
     def build(dtype):
         torch.manual_seed(0)
         with torch.device(DEVICE):
             return Qwen2ForCausalLM(Qwen2Config(**shape)).to(dtype)
-    if small:
-        return compare(build, None, prompts, 16, 1, {}, 0.5, 500, 1, 16, 4)
-    folder = random_weights(build)
-    options = {"gpu_memory_utilization": 0.165, "max_model_len": 1280} | vllm  # of an H200: 2 engines in 23 GB
-    return compare(build, folder, prompts, 1024, min(replicas, 2), options, 1 / 16, 5 * 1173, min(steps, 2), 256, 8)
+    options = {"gpu_memory_utilization": 0.165, "max_model_len": length + tokens + 106} | vllm  # of an H200: 2 engines in 23 GB
+    with tempfile.TemporaryDirectory(prefix="grpo_step_") as folder:
+        save_random_weights(build, shape["vocab_size"], folder)
+        return compare(build, folder, prompts, tokens, min(replicas, 2), options, 1 / 16, pass_tokens, min(steps, 2), n, group)
 
 
-def random_weights(build) -> Path:
-    """A folder with random weights in the course model's shape, for the engine; its tokenizer knows as many tokens."""
-    folder = Path(tempfile.gettempdir()) / "grpo_step_qwen_shape"
-    if not (folder / "tokenizer.json").exists():
-        policy = build(torch.bfloat16)
-        policy.save_pretrained(folder)
-        core = Tokenizer(WordLevel({f"t{i}": i for i in range(QWEN_1_5B["vocab_size"])}, unk_token="t0"))
-        special = dict(unk_token="t0", eos_token="t1", pad_token="t2")
-        PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
-        del policy
-        free()
-    return folder
+def save_random_weights(build, vocab_size: int, folder: str) -> None:
+    """A policy with random weights, for the engine; its tokenizer knows as many tokens."""
+    build(torch.bfloat16).save_pretrained(folder)
+    core = Tokenizer(WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0"))
+    special = dict(unk_token="t0", eos_token="t1", pad_token="t2")
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+    free()
 
 
 def main(out: Path = Path("results/bench/grpo_step.json"), small: bool = False, steps: int = 3, replicas: int = 4,

@@ -5,10 +5,14 @@
 Needs an environment of its own and is skipped elsewhere. Uses the micro model, in float32, without compilation.
 """
 import importlib.metadata
+import json
 import os
+import subprocess
+import sys
 import time
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 # The model is tiny: one thread is fastest, and waiting threads should not spin. OpenMP reads this at the first import.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -225,8 +229,6 @@ def test_two_replicas_answer_as_one_and_end(groups, policy, tmp_path):
 
 def test_replicas_end_with_their_parent():
     """A parent that is killed cannot clean up; the replicas notice."""
-    import subprocess
-    import sys
     code = ("import sys; from cs336_alignment.inference import Replica\n"
             "print(Replica(0, {}).process.pid, flush=True); sys.stdin.read()")
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -253,3 +255,17 @@ def test_close_gives_the_memory_back(engine, groups):
         engine.generate(PROMPTS, SAMPLING, progress=False)
     with VLLMEngine("micro", **OPTIONS) as again:
         assert texts(again.generate(PROMPTS, SAMPLING, progress=False)) == texts(groups)
+
+
+def test_the_bench_of_a_step_measures_both_sides_and_any_number_of_engines(tmp_path):
+    bench, out = Path(grpo.__file__).parent.parent / "bench" / "grpo_step.py", tmp_path / "step.json"
+    command = [sys.executable, str(bench), "--small", "--replicas", "2", "--steps", "2", "--out", str(out)]
+    done = subprocess.run([*command, "--vllm", '{"enforce_eager": true}'], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(out.read_text())
+    for setting in (result["pocket"], result["course"]):
+        literal, *ours = setting["variants"]
+        assert all("error" not in row for row in (literal, *ours)), setting
+        assert {*literal["phases_s"]} - {"optimizer"} == {"rollout", "update", "sync"} == {*ours[0]["phases_s"]}
+        assert list(setting["rollout_s_by_engines"]) == ["1", "2"] and setting["engine_options"]["enforce_eager"]
+        assert len(setting["speedups"]) == len(ours) == 2
