@@ -242,7 +242,8 @@ def compare_logprobs(bench, model, completions, label=""):
 
 
 STEP_OPTIONS = {"vLLM's defaults": {}, "async_scheduling": {"async_scheduling": True}, "no async_scheduling": {"async_scheduling": False},
-                "no prefix caching": {"enable_prefix_caching": False}}
+                "no prefix caching": {"enable_prefix_caching": False},
+                "decoding all in graphs": {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}}
 
 
 @section
