@@ -13,6 +13,7 @@ import torch
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
+import engine_throughput  # noqa: E402
 import grpo_step  # noqa: E402
 import runs  # noqa: E402
 from cs336_alignment.inference import SamplingParams  # noqa: E402
@@ -121,6 +122,11 @@ def test_the_fastest_number_of_engines_is_kept():
     engine.generate = lambda *args, **options: time.sleep({1: 0.1, 2: 0.02, 3: 0.06}[len(engine.backend.replicas)])
     seconds = grpo_step.rollout_seconds(engine, [], None, 1)
     assert list(seconds) == [1, 2, 3] and engine.backend.replicas == ["a", "b"]
+
+
+def test_a_step_costs_what_more_tokens_cost_without_the_prompts():
+    engine = SimpleNamespace(generate=lambda prompts, sampling, progress: time.sleep(0.2 + 0.01 * sampling.max_tokens))
+    assert 0.009 < engine_throughput.step_seconds(engine, ["a"], 10) < 0.013
 
 
 def test_grpo_gets_the_engine_itself(tmp_path):
