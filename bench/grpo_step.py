@@ -173,16 +173,6 @@ def measure(name: str, step, n: int) -> dict:
     return row
 
 
-def attempt(rows: list[dict], name: str, run) -> None:
-    """Appends run()'s row, or the error; the others still run."""
-    try:
-        rows.append(run())
-    except Exception as error:
-        traceback.print_exc()
-        rows.append({"variant": name, "error": f"{type(error).__name__}: {error}"[:2000]})
-    free()
-
-
 # --- the two settings
 
 def rollout_seconds(engine, prompts, sampling, repeats: int) -> dict[int, float]:
@@ -201,28 +191,35 @@ def rollout_seconds(engine, prompts, sampling, repeats: int) -> dict[int, float]
 
 
 def compare(build, model_name, prompts, max_tokens: int, replicas: int, options: dict, literal_share: float,
-            pass_tokens: int, steps: int, n: int, group: int) -> dict:
-    """Literal loop, then ours with 100% and 40% of the answers having an advantage. `build(dtype)` makes the policy."""
+            pass_tokens: int, steps: int, n: int, group: int, save, try_teams: bool) -> None:
+    """Literal loop, with one of the engines; then ours with all, 100% and 40% of the answers having an advantage.
+
+    `build(dtype)` makes the policy. `save` takes the result after each. `try_teams`: with the best number of engines."""
     config = replace(G.grpo_config("pocket"), rollout_batch_size=n, train_batch_size=n, group_size=group,
                      gradient_accumulation_steps=n // 2, max_tokens=max_tokens)
     sampling = SamplingParams(n=group, max_tokens=max_tokens, stop=(), ignore_eos=True, logprobs=None)
     half = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     advantages = {share: G.compute_advantages(config, random_rewards(n, group, share))[0] for share in (1.0, 0.4)}
-    rows, by_engines = [], {}
+    result = {"rollouts": n, "group_size": group, "prompts": len(prompts), "response_tokens": max_tokens, "literal_share": literal_share,
+              "rollout_s_by_engines": {}, "pass_tokens": pass_tokens, "engine_options": options, "variants": []}
 
-    def engine(replicas: int):
-        if vllm_problem():
-            return make_engine(model_name, kind="transformers", batch_size=n)
-        return make_engine(model_name, kind="vllm", replicas=replicas, in_process=False, **options)
+    def attempt(name: str, measured) -> None:  # after an error the others still run
+        try:
+            row = measured()
+        except Exception as error:
+            traceback.print_exc()
+            row = {"variant": name, "error": f"{type(error).__name__}: {error}"[:2000]}
+        result["variants"].append(row)
+        save(result | {"speedups": speedups(result["variants"])})
+        free()
 
-    def literal() -> dict:
+    def literal(e) -> dict:
         policy = build(half)
         optimizer = make_optimizer(policy, 1e-6)
-        with engine(1) as e:
-            return measure("literal: one engine, padded pairs", lambda: literal_step(
-                policy, optimizer, e, prompts, sampling, advantages[1.0], literal_share), max(1, steps - 1))
+        return measure("literal: one engine, padded pairs", lambda: literal_step(
+            policy, optimizer, e, prompts, sampling, advantages[1.0], literal_share), max(1, steps - 1))
 
-    def ours(share: float, e) -> dict:
+    def ours(e, share: float) -> dict:
         policy = build(torch.float32)
         if DEVICE == "cuda":
             compile_policy(policy)
@@ -230,19 +227,32 @@ def compare(build, model_name, prompts, max_tokens: int, replicas: int, options:
         return measure(f"ours, {share:.0%} with an advantage", lambda: our_step(
             policy, optimizer, e, prompts, sampling, advantages[share], config, pass_tokens), steps)
 
-    attempt(rows, "literal", literal)
-    try:
-        with engine(replicas) as e:
-            if not vllm_problem():
-                by_engines = rollout_seconds(e, prompts, sampling, steps - 1)
-            for share in advantages:
-                attempt(rows, f"ours, {share:.0%}", lambda: ours(share, e))
-    except Exception as error:
-        traceback.print_exc()
-        rows.append({"variant": f"ours: {replicas} engine(s)", "error": f"{type(error).__name__}: {error}"[:2000]})
-    return {"rollouts": n, "group_size": group, "prompts": len(prompts), "response_tokens": max_tokens,
-            "literal_share": literal_share, "rollout_s_by_engines": by_engines, "pass_tokens": pass_tokens, "engine_options": options,
-            "variants": rows, "speedups": speedups(rows)}
+    with start_engine(model_name, replicas, n, options) as e:
+        e.load_weights(build(half))  # all the engines, before one works alone: it shares the memory for weights with them
+        with one_at_work(e):
+            attempt("literal", lambda: literal(e))
+        if try_teams and not vllm_problem():
+            result["rollout_s_by_engines"] = rollout_seconds(e, prompts, sampling, steps - 1)
+        for share in advantages:
+            attempt(f"ours, {share:.0%}", lambda: ours(e, share))
+
+
+def start_engine(model_name: str, replicas: int, batch_size: int, options: dict):
+    if vllm_problem():
+        return make_engine(model_name, kind="transformers", batch_size=batch_size)
+    return make_engine(model_name, kind="vllm", replicas=replicas, in_process=False, **options)
+
+
+@contextmanager
+def one_at_work(engine):
+    """Within it only the first of the engine's replicas works."""
+    backend = getattr(engine, "backend", None)
+    team = getattr(backend, "replicas", None)
+    if team:
+        backend.replicas = team[:1]
+    yield
+    if team:
+        backend.replicas = team
 
 
 def speedups(rows: list[dict]) -> dict[str, float]:
@@ -251,7 +261,7 @@ def speedups(rows: list[dict]) -> dict[str, float]:
     return {r["variant"]: literal / r["step_s"] for r in rows[1:] if "step_s" in r and not math.isnan(literal)}
 
 
-def pocket(small: bool, replicas: int, steps: int, vllm: dict) -> dict:
+def pocket(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
     """SmolLM2-135M on GSM-Symbolic questions, answers of 256 tokens (--small: the micro model on sums, 12 tokens)."""
     model, data, prompt = ("micro", "micro", "micro") if small else ("smollm2-135m", "gsm_symbolic", "r1_zero")
     n, group, tokens, pass_tokens = (16, 4, 12, 500) if small else (256, 8, 256, 32_768)
@@ -260,23 +270,25 @@ def pocket(small: bool, replicas: int, steps: int, vllm: dict) -> dict:
     def build(dtype):
         return G.load_policy(model, device=DEVICE, dtype=dtype)[0]
     options = {"gpu_memory_utilization": 0.2} | ENGINE | vllm
-    return compare(build, model, prompts, tokens, replicas, options, 0.25, pass_tokens, steps, n, group)
+    compare(build, model, prompts, tokens, replicas, options, 0.25, pass_tokens, steps, n, group, save, try_teams=True)
 
 
-def course(small: bool, replicas: int, steps: int, vllm: dict) -> dict:
+def course(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
     """The shape of Qwen2.5-Math-1.5B with random weights: prompts of 150 random tokens, answers of 1,024."""
     shape, rng = TINY if small else QWEN_1_5B, random.Random(0)
-    n, group, length, tokens, pass_tokens = (16, 4, 10, 16, 500) if small else (256, 8, 150, 1024, 5 * 1173)
+    n, group, length, tokens, pass_tokens = (16, 4, 10, 16, 500) if small else (256, 8, 150, 1024, 4 * 1173)
     prompts = [rng.choices(range(3, 90), k=length) for _ in range(n // group)]
 
     def build(dtype):
         torch.manual_seed(0)
         with torch.device(DEVICE):
             return Qwen2ForCausalLM(Qwen2Config(**shape)).to(dtype)
-    options = {"gpu_memory_utilization": 0.165, "max_model_len": length + tokens + 106} | vllm  # of an H200: 2 engines in 23 GB
+    # of an H200's 151 GB 29 for two engines: either alone has room for all 256 sequences, or the literal loop's would queue
+    options = {"gpu_memory_utilization": 0.19, "max_model_len": length + tokens + 106} | ENGINE | vllm
     with tempfile.TemporaryDirectory(prefix="grpo_step_") as folder:
         save_random_weights(build, shape["vocab_size"], folder)
-        return compare(build, folder, prompts, tokens, min(replicas, 2), options, 1 / 16, pass_tokens, min(steps, 2), n, group)
+        compare(build, folder, prompts, tokens, min(replicas, 2), options, 1 / 16, pass_tokens, min(steps, 2), n, group, save,
+                try_teams=False)
 
 
 def save_random_weights(build, vocab_size: int, folder: str) -> None:
@@ -292,7 +304,7 @@ def main(out: Path = Path("results/bench/grpo_step.json"), small: bool = False, 
          only: str = typer.Option("", help="pocket or course; default both"),
          vllm: Annotated[dict, typer.Option(parser=json.loads, help="more options for vLLM, as JSON")] = "{}",
          here: bool = typer.Option(False, help="in this process", hidden=True)) -> None:
-    """Measures both settings, prints a table, writes JSON after each, so that a stopped run leaves the first."""
+    """Measures both settings, prints a table, writes JSON after each variant, so that a stopped run leaves those before."""
     if DEVICE == "cuda" and not here:  # trainer and engines share the GPU
         with multi_process_service():
             sys.exit(subprocess.call([sys.executable, *sys.argv, "--here"]))
@@ -305,15 +317,17 @@ def main(out: Path = Path("results/bench/grpo_step.json"), small: bool = False, 
         if only in ("", name):
             start = time.perf_counter()
             print(f"\n{name}: {setting.__doc__}", flush=True)
+
+            def save(measured: dict) -> None:
+                result[name] = measured | {"wall_s": time.perf_counter() - start}
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(result, indent=1) + "\n")
             try:
-                result[name] = setting(small, replicas, steps, vllm)
+                setting(small, replicas, steps, vllm, save)
             except Exception as error:
                 traceback.print_exc()
-                result[name] = {"error": f"{type(error).__name__}: {error}"}
-            result[name]["wall_s"] = time.perf_counter() - start
+                save(result.get(name, {}) | {"error": f"{type(error).__name__}: {error}"})
             print({k: round(v, 2) for k, v in result[name].get("speedups", {}).items()})
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nwritten: {out}")
 
 
