@@ -238,6 +238,7 @@ def compare(build, model_name, prompts, max_tokens: int, replicas: int, options:
 
 
 def start_engine(model_name: str, replicas: int, batch_size: int, options: dict):
+    """vLLM's replicas where it can run, else transformers in this process."""
     if vllm_problem():
         return make_engine(model_name, kind="transformers", batch_size=batch_size)
     return make_engine(model_name, kind="vllm", replicas=replicas, in_process=False, **options)
@@ -316,6 +317,7 @@ def main(out: Path = Path("results/bench/grpo_step.json"), small: bool = False, 
     for name, setting in {"pocket": pocket, "course": course}.items():
         if only in ("", name):
             start = time.perf_counter()
+            result.pop(name, None)
             print(f"\n{name}: {setting.__doc__}", flush=True)
 
             def save(measured: dict) -> None:
