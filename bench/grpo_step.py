@@ -5,12 +5,12 @@
     python bench/grpo_step.py --small              # a smoke test on any machine, under a minute
 
 Both sides sample 256 answers (32 questions, groups of 8) and make one update (reinforce_with_baseline, masked_mean).
-The literal side has one engine; bfloat16 weights, as the handout loads them; padded micro-batches of 2 with float32
+The literal side has one engine, the first of ours; bfloat16 weights, as the handout loads them; padded micro-batches of 2 with float32
 logits and entropies at every position (`get_response_log_probs`, `grpo_microbatch_train_step`), for all 256 answers.
-Our side: the fastest number of engines up to `--replicas`, float32 weights, packed rows, compiled layers on a GPU,
-answers without an advantage dropped. The same on both
-sides: rewards are random (a grader would be fed noise here), so that the share of answers with a non-zero advantage
-is known, all or 40%; and answers have the full length (ignore_eos).
+Our side: the fastest number of engines up to `--replicas` (course: two), float32 weights, packed rows, compiled layers
+on a GPU, answers without an advantage dropped. The same on both sides: rewards are random (a grader would be fed noise
+here), so that the share of answers with a non-zero advantage is known, all or 40%; and answers have the full length
+(ignore_eos). The fastest of a few steps counts, after one to warm up; all are kept (`step_s_all`).
 
 Where all 128 micro-batches would take long, a part of them is measured and scaled (`literal_share` in the result).
 Peak memory: the trainer's (torch's max_memory_allocated) and the whole GPU's (nvidia-smi, with the engines' reserved
@@ -251,9 +251,11 @@ def one_at_work(engine):
     team = getattr(backend, "replicas", None)
     if team:
         backend.replicas = team[:1]
-    yield
-    if team:
-        backend.replicas = team
+    try:
+        yield
+    finally:
+        if team:
+            backend.replicas = team
 
 
 def speedups(rows: list[dict]) -> dict[str, float]:

@@ -242,7 +242,7 @@ def grpo_lr(w: Worker) -> None:
 def grpo_run(w: Worker, data: str, family: str = "grpo") -> None:
     """200 steps from the policy finetuned on the same data set, at the best rate of the sweep.
 
-    In the family grpo_alone for its time, with the GPU for itself: `runs.py grpo_alone --seeds 0 --replicas 2`."""
+    In the family grpo_alone for its time, with the GPU for itself: `runs.py grpo_alone --seeds 0 --replicas 3`."""
     if family == "grpo_alone" and len(w.seeds) > 1:
         raise ValueError("grpo_alone is timed, and has to be the only run on this machine: give it one seed, --seeds 0")
     w.wait_for([run_folder(asdict(config), w.root) / "summary.json" for config in grpo_rates(w)])

@@ -36,6 +36,8 @@ import threading
 import time
 import traceback
 import weakref
+
+# %% ../nbs/04_inference.ipynb #1cffc6fe
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -44,7 +46,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# %% ../nbs/04_inference.ipynb #1cffc6fe
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ from transformers.generation import (LogitsProcessor, LogitsProcessorList, Stopp
 import cs336_alignment
 from .models import load_policy, model_dir
 
+# %% ../nbs/04_inference.ipynb #dd9a1ee9
 Tokenizer = PreTrainedTokenizerBase
 Prompts = Sequence[str] | Sequence[list[int]]
 Decode = Callable[[list[int]], str]

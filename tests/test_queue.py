@@ -1,4 +1,5 @@
 """The queue of runs (bench/runs.py): what its processes share, remember, wait for and survive; without any training."""
+import json
 import subprocess
 import sys
 import threading
@@ -122,6 +123,32 @@ def test_the_fastest_number_of_engines_is_kept():
     engine.generate = lambda *args, **options: time.sleep({1: 0.1, 2: 0.02, 3: 0.06}[len(engine.backend.replicas)])
     seconds = grpo_step.rollout_seconds(engine, [], None, 1)
     assert list(seconds) == [1, 2, 3] and engine.backend.replicas == ["a", "b"]
+
+
+def test_the_literal_loop_has_one_of_the_engines():
+    engine = SimpleNamespace(backend=SimpleNamespace(replicas=["a", "b"]))
+    with pytest.raises(KeyboardInterrupt), grpo_step.one_at_work(engine):
+        assert engine.backend.replicas == ["a"]
+        raise KeyboardInterrupt
+    assert engine.backend.replicas == ["a", "b"]
+    with grpo_step.one_at_work(SimpleNamespace()):  # transformers: has no replicas
+        pass
+
+
+@pytest.mark.parametrize("saves", [0, 1])
+def test_a_setting_that_fails_keeps_its_own_rows_and_no_older_ones(tmp_path, monkeypatch, saves):
+    def fails(small, replicas, steps, vllm, save):
+        for _ in range(saves):
+            save({"variants": ["new"]})
+        raise RuntimeError("no GPU left")
+
+    monkeypatch.setattr(grpo_step, "course", fails)
+    out = tmp_path / "step.json"
+    out.write_text('{"pocket": {"variants": ["kept"]}, "course": {"variants": ["old"]}}')
+    grpo_step.main(out, only="course", vllm={}, here=True)
+    result = json.loads(out.read_text())
+    assert result["pocket"]["variants"] == ["kept"] and "no GPU left" in result["course"]["error"]
+    assert result["course"].get("variants", []) == ["new"] * saves
 
 
 def test_a_step_costs_what_more_tokens_cost_without_the_prompts():
