@@ -24,12 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch  # noqa: E402
+import torch
 
-from cs336_alignment.data import fill_prompt, load_prompt, micro_problems, write_json  # noqa: E402
-from cs336_alignment.inference import (SamplingParams, TransformersEngine, VLLMEngine, environment,  # noqa: E402
-                                       multi_process_service, named_weights, vllm_args, vllm_cleanup, vllm_version)
-from cs336_alignment.models import load_policy, model_dir  # noqa: E402
+from cs336_alignment.data import fill_prompt, load_prompt, micro_problems
+from cs336_alignment.inference import SamplingParams, TransformersEngine, named_weights
+from cs336_alignment.models import load_policy, model_dir
+from cs336_alignment.runs import write_json
+from cs336_alignment.vllm_engine import (VLLMEngine, environment_variables, multi_process_service, vllm_args, vllm_cleanup,
+                                         vllm_version)
 
 SECTIONS = {}
 
@@ -142,7 +144,7 @@ def bare(bench):
 def bare_own_process(bench):
     """(1b) vLLM's default: its engine core in a process of its own."""
     from vllm import LLM
-    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"):
+    with environment_variables(VLLM_ENABLE_V1_MULTIPROCESSING="1"):
         llm = LLM(**vllm_args(bench.model, gpu_memory_utilization=bench.memory, max_model_len=2048))
     try:
         ids = llm.get_tokenizer()(bench.prompts, add_special_tokens=False).input_ids

@@ -44,9 +44,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, 
 from cs336_alignment import grpo as G
 from cs336_alignment.data import fill_prompt, load_problems, load_prompt
 from cs336_alignment.grpo_helper import grpo_microbatch_train_step
-from cs336_alignment.inference import Completion, SamplingParams, make_engine, multi_process_service, vllm_problem
-from cs336_alignment.sft_helper import compile_policy, get_response_log_probs, make_optimizer
-from runs import ENGINE  # the benches beside this one
+from cs336_alignment.inference import Completion, SamplingParams
+from cs336_alignment.packing import compile_policy, make_optimizer
+from cs336_alignment.sft_helper import get_response_log_probs
+from cs336_alignment.vllm_engine import make_engine, multi_process_service, vllm_problem
+from cs336_alignment.run_queue import ENGINE
 from training_throughput import DEVICE, QWEN_1_5B, synchronize
 
 TINY = dict(vocab_size=99, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -143,7 +145,7 @@ def our_step(policy, optimizer, engine, prompts, sampling, advantages, config, p
     with phase(seconds, "rollout"):
         completions = [c for group in engine.generate(prompts, sampling, progress=False) for c in group]
     with phase(seconds, "update"):
-        examples = {i: e for i, e in enumerate(G.make_examples(completions, advantages))
+        examples = {i: e for i, e in enumerate(G.rollout_examples(completions, advantages))
                     if G.has_gradient(config, completions[i], e.side["advantage"])}
         lengths = [len(c.token_ids) for c in completions]
         list(G.updates(config, policy, optimizer, examples, lengths, 1, pass_tokens))

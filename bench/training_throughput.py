@@ -26,7 +26,7 @@ import transformers
 import typer
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from cs336_alignment import sft_helper as S
+from cs336_alignment import packing as P, sft_helper as S
 from cs336_alignment.data import fill_prompt, load_problems, load_prompt, teacher_response
 from cs336_alignment.models import load_policy
 
@@ -58,7 +58,7 @@ def matrix_peak(n: int) -> float:
 
 # --- rows
 
-def real_examples(tokenizer, n: int) -> tuple[list[S.Example], str]:
+def real_examples(tokenizer, n: int) -> tuple[list[P.Example], str]:
     """The first n training problems of GSM8K (else GSM-Symbolic) in the r1_zero prompt, with their worked solutions."""
     for name in ("gsm8k", "gsm_symbolic"):
         try:
@@ -66,19 +66,19 @@ def real_examples(tokenizer, n: int) -> tuple[list[S.Example], str]:
         except (OSError, ValueError):
             continue
         prompts = [fill_prompt(template, p.question) for p in problems]
-        return S.make_examples(prompts, [teacher_response(p) for p in problems], tokenizer), name
+        return P.make_examples(prompts, [teacher_response(p) for p in problems], tokenizer), name
     return random_examples(n, lambda rng: (rng.randint(110, 220), rng.randint(60, 250)), 512), "random lengths"
 
 
-def random_examples(n: int, lengths: Callable[[random.Random], tuple[int, int]], vocab: int) -> list[S.Example]:
+def random_examples(n: int, lengths: Callable[[random.Random], tuple[int, int]], vocab: int) -> list[P.Example]:
     """n examples of random tokens; `lengths` draws the tokens of prompt and response."""
     rng = random.Random(0)
-    return [S.Example(*(rng.choices(range(vocab), k=k) for k in lengths(rng))) for _ in range(n)]
+    return [P.Example(*(rng.choices(range(vocab), k=k) for k in lengths(rng))) for _ in range(n)]
 
 
 # --- the two loops
 
-def literal_step(model: PreTrainedModel, optimizer, examples: list[S.Example], micro_batch: int) -> None:
+def literal_step(model: PreTrainedModel, optimizer, examples: list[P.Example], micro_batch: int) -> None:
     """The handout's loop: padded micro-batches, logits at every position, one optimizer step."""
     groups = [examples[i:i + micro_batch] for i in range(0, len(examples), micro_batch)]
     for group in groups:
@@ -94,13 +94,13 @@ def literal_step(model: PreTrainedModel, optimizer, examples: list[S.Example], m
     optimizer.zero_grad(set_to_none=True)
 
 
-def fast_step(model: PreTrainedModel, optimizer, examples: list[S.Example], max_tokens: int, max_logits: int) -> None:
-    S.train_step(model, optimizer, S.sft_examples(examples, 1.0), S.sft_loss, max_tokens, max_logits=max_logits)
+def fast_step(model: PreTrainedModel, optimizer, examples: list[P.Example], max_tokens: int, max_logits: int) -> None:
+    P.train_step(model, optimizer, P.sft_examples(examples, 1.0), P.sft_loss, max_tokens, max_logits=max_logits)
 
 
 # --- measuring
 
-def model_flops(model: PreTrainedModel, examples: list[S.Example], logits_everywhere: bool) -> float:
+def model_flops(model: PreTrainedModel, examples: list[P.Example], logits_everywhere: bool) -> float:
     """See the head of this file."""
     c, tokens = model.config, sum(map(len, examples))
     layers = sum(p.numel() for p in model.base_model.layers.parameters())
@@ -110,10 +110,10 @@ def model_flops(model: PreTrainedModel, examples: list[S.Example], logits_everyw
     return 6 * (layers * tokens + c.vocab_size * c.hidden_size * with_logits + attention)
 
 
-def measure(name: str, model: PreTrainedModel, step: Callable, examples: list[S.Example], steps: int, peak: float,
+def measure(name: str, model: PreTrainedModel, step: Callable, examples: list[P.Example], steps: int, peak: float,
             logits_everywhere: bool) -> dict:
     """Runs two warm-up steps and `steps` timed ones; prints and returns a row of the table (the best step)."""
-    optimizer = S.make_optimizer(model, 1e-6)
+    optimizer = P.make_optimizer(model, 1e-6)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -163,7 +163,7 @@ def attempt(rows: list[dict], name: str, run: Callable[[], dict]) -> None:
         torch.cuda.empty_cache()
 
 
-def compare(build: Callable[[torch.dtype], PreTrainedModel], examples: list[S.Example],
+def compare(build: Callable[[torch.dtype], PreTrainedModel], examples: list[P.Example],
             budgets: dict[str, tuple[int, int]], micro_batches: dict[int, int], steps: int, peak: float) -> list[dict]:
     """One model: the literal loop at some micro-batch sizes (each on so many rows), then the fast path, eager and (on
     CUDA) with compiled layers.
@@ -181,7 +181,7 @@ def compare(build: Callable[[torch.dtype], PreTrainedModel], examples: list[S.Ex
         model = build(torch.float32)
         name = "packed, compiled layers" if compiled else "packed"
         if compiled:
-            S.compile_policy(model)
+            P.compile_policy(model)
         return fast_row(name, model, examples, steps, peak, *budgets["compiled" if compiled else "eager"])
 
     for size, n in micro_batches.items():
@@ -193,17 +193,17 @@ def compare(build: Callable[[torch.dtype], PreTrainedModel], examples: list[S.Ex
 
 # --- is it right on this device?
 
-def agreement(build: Callable[[torch.dtype], PreTrainedModel], examples: list[S.Example]) -> dict:
+def agreement(build: Callable[[torch.dtype], PreTrainedModel], examples: list[P.Example]) -> dict:
     """Log-probs and gradients of the fast path against single rows in float32, and against itself cut differently."""
     model = build(torch.float32)
-    batch, size = S.sft_examples(examples, 1.0), sum(map(len, examples))
+    batch, size = P.sft_examples(examples, 1.0), sum(map(len, examples))
 
     def fast_gradient(max_tokens: int) -> torch.Tensor:
-        S.accumulate_gradients(model, batch, S.sft_loss, max_tokens)
+        P.accumulate_gradients(model, batch, P.sft_loss, max_tokens)
         return take_gradient(model)
 
     whole, cut = fast_gradient(size), fast_gradient(max(max(map(len, examples)), size // 3))
-    fast = torch.cat([lp for lp, _ in S.packed_log_probs(model, examples)])
+    fast = torch.cat([lp for lp, _ in P.packed_log_probs(model, examples)])
     reference = []
     for e in examples:  # one row at a time: no padding, no packing, float32
         ids = torch.tensor([[*e.prompt_ids, *e.response_ids]], device=DEVICE)
@@ -214,7 +214,7 @@ def agreement(build: Callable[[torch.dtype], PreTrainedModel], examples: list[S.
     return {"log_prob_mean_abs_difference": off.mean().item(), "log_prob_max_abs_difference": off.max().item(),
             "gradient_relative_difference": ((whole - exact).norm() / exact.norm()).item(),
             "gradient_relative_difference_between_cuts": ((whole - cut).norm() / whole.norm()).item(),
-            "compute_dtype": str(S.compute_dtype(model))}
+            "compute_dtype": str(P.compute_dtype(model))}
 
 
 def take_gradient(model: PreTrainedModel) -> torch.Tensor:
@@ -239,7 +239,7 @@ def pocket(small: bool, steps: int, peak: float) -> dict:
 
         def build(dtype):
             return load_policy("smollm2-135m", device=DEVICE, dtype=dtype)[0]
-        budgets, sizes = {"eager": (32_768, S.MAX_LOGITS), "compiled": (32_768, S.MAX_LOGITS)}, {2: 32, 32: 256}
+        budgets, sizes = {"eager": (32_768, P.MAX_LOGITS), "compiled": (32_768, P.MAX_LOGITS)}, {2: 32, 32: 256}
     checks = []
     attempt(checks, "agreement", lambda: agreement(build, examples[:16]))
     print("agreement:", checks[0])
@@ -257,7 +257,7 @@ def course(small: bool, steps: int, peak: float) -> dict:
         with torch.device(DEVICE):
             return Qwen2ForCausalLM(config).to(dtype)
     budgets = {"eager": (200, 10**5), "compiled": (200, 10**5)} if small else {
-        "eager": (8 * 661, S.MAX_LOGITS), "compiled": (20 * 661, 2**30)}
+        "eager": (8 * 661, P.MAX_LOGITS), "compiled": (20 * 661, 2**30)}
     rows = compare(build, examples, budgets, {2: 4} if small else {2: 16}, steps, peak)
     return {"data": "random tokens", "rows_per_step": len(examples), "variants": rows}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'NAMED', 'LOGGED', 'app', 'Option', 'HandoutSettings', 'GRPOConfig', 'check_sizes', 'check_choices',
            'grpo_config', 'evaluates', 'sampling_params', 'sample_rollouts', 'compute_advantages', 'rollout_metrics',
-           'make_examples', 'token_weights', 'sequence_log_probs', 'grpo_loss', 'has_gradient', 'train_batches',
+           'rollout_examples', 'token_weights', 'sequence_log_probs', 'grpo_loss', 'has_gradient', 'train_batches',
            'weighted', 'needs_old', 'engine_gap', 'add_log_probs', 'updates', 'update_metrics', 'State', 'data_sets',
            'timed', 'evaluate', 'reward_fn', 'next_rollouts', 'grpo_step', 'train_on', 'finish_line',
            'stop_on_interrupt', 'RunStopped', 'stops_saved', 'use_engine', 'start', 'log_step', 'run_steps', 'train',
@@ -15,7 +15,6 @@ __all__ = ['PRESETS', 'NAMED', 'LOGGED', 'app', 'Option', 'HandoutSettings', 'GR
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
 # %% ../nbs/12_grpo.ipynb #54d6f3d9
-import math
 import signal
 import threading
 import time
@@ -35,17 +34,17 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import Problem, fill_prompt, load_prompt
-from .drgrpo_grader import grade_batch
-from .evaluate_math import REWARD_FNS, r1_zero_reward_fn, stop
+from .cli import parse_changes, stop
+from .data import Problem, fill_prompt, load_prompt, problem_sets
+from .drgrpo_grader import grade_batch, reward_fn_of
 from .grpo_helper import LossType, compute_policy_gradient_loss, group_normalize
-from .inference import (Completion, Engine, SamplingParams, TransformersEngine, make_engine,
-                                       sample_seed, vllm_problem)
-from .log import (Run, batch_indices, finish_run, log_generations, log_metrics, open_run,
-                                 restore_checkpoint, save_checkpoint, say, seed_everything, training_steps)
+from .inference import Completion, Engine, SamplingParams, sample_seed
+from .log import log_generations
 from .models import load_policy, model_dir, save_policy
-from .sft_helper import Example, compile_policy, make_optimizer, packed_log_probs, train_step
-from .sft_math_reasoning import parse_changes, policy_name, problem_sets
+from .packing import Example, compile_policy, make_optimizer, packed_log_probs, train_step
+from .runs import (Run, batch_indices, finish_run, log_metrics, open_run, policy_name,
+                                  restore_checkpoint, save_checkpoint, say, seed_everything, training_steps)
+from .vllm_engine import make_engine, vllm_problem
 
 # %% ../nbs/12_grpo.ipynb #2a211ce2
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ def rollout_metrics(completions: Sequence[Completion], rewards: Sequence[dict[st
             "truncated": mean(c.finish_reason == "length" for c in completions)}
 
 # %% ../nbs/12_grpo.ipynb #7758ba92
-def make_examples(completions: Sequence[Completion], advantages: Tensor) -> list[Example]:
+def rollout_examples(completions: Sequence[Completion], advantages: Tensor) -> list[Example]:
     """Rollouts as training examples, with the engine's token ids; side data `advantage` and `response`."""
     return [Example(c.prompt_token_ids, c.token_ids, {"advantage": a, "response": float(i)})
             for i, (c, a) in enumerate(zip(completions, advantages.tolist(), strict=True))]
@@ -355,8 +354,7 @@ class State:
 def data_sets(config: GRPOConfig) -> tuple[list[Problem], list[Problem]]:
     """Problems to train on, and `n_eval` to evaluate on: of the test set of `eval_data`, or with eval_data "validation" the
     last training problems, which are then not trained on. Raises DataError, DataMissing (01)."""
-    return problem_sets({"data": config.train_data, "pool": None, "eval_data": config.eval_data, "n_eval": config.n_eval})
-
+    return problem_sets(config.train_data, config.eval_data, config.n_eval)
 
 # %% ../nbs/12_grpo.ipynb #418fd2d2
 @contextmanager
@@ -381,7 +379,7 @@ def evaluate(s: State, step: int) -> dict[str, float]:
 
 def reward_fn(config: GRPOConfig):
     """The reward function that goes with the prompt."""
-    return REWARD_FNS.get(config.prompt, r1_zero_reward_fn)
+    return reward_fn_of(config.prompt)
 
 # %% ../nbs/12_grpo.ipynb #444be0a9
 def next_rollouts(s: State, step: int) -> tuple[list[Completion], list[str]]:
@@ -402,7 +400,7 @@ def grpo_step(s: State, step: int) -> dict[str, float]:
     with timed(seconds, "reward"):
         rewards = grade_batch(reward_fn(config), [c.text for c in completions], truths)
         advantages, statistics = compute_advantages(config, torch.tensor([r["reward"] for r in rewards]))
-        examples = {i: e for i, e in enumerate(make_examples(completions, advantages))
+        examples = {i: e for i, e in enumerate(rollout_examples(completions, advantages))
                     if has_gradient(config, completions[i], e.side["advantage"])}
         line = rollout_metrics(completions, rewards) | {"share_equal_groups": statistics["share_equal_groups"],
                                                         "share_trained": len(examples) / len(completions)}

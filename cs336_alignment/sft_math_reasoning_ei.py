@@ -13,20 +13,18 @@ __package__ = __package__ or "cs336_alignment"  # so that running this file as a
 import math, time
 from collections import defaultdict
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from .data import Problem, fill_prompt, load_prompt, repo_root
-from .drgrpo_grader import grade_batch, r1_zero_reward_fn
-from .evaluate_math import REWARD_FNS, Track
+from .cli import Changes, GpuShare, Replicas, Root, Seeds, TrackName, parse_changes, told
+from .data import Problem, fill_prompt, load_prompt, problem_sets
+from .drgrpo_grader import grade_batch, reward_fn_of
 from .inference import Completion, SamplingParams, TransformersEngine
-from .log import (batch_indices, finish_run, log_metrics, open_run, restore_checkpoint, save_checkpoint,
-                                 seed_everything, training_steps)
 from .models import TRACKS, load_policy, save_policy
-from .sft_helper import Example, compile_policy, make_optimizer, sft_examples, sft_loss, train_step
-from .sft_math_reasoning import (Changes, GpuShare, Replicas, Root, Seeds, changed, evaluate,
-                                                parse_changes, policy_name, problem_sets, run_all, told)
+from .packing import Example, compile_policy, make_optimizer, sft_examples, sft_loss, train_step
+from .runs import (batch_indices, finish_run, log_metrics, open_run, policy_name, restore_checkpoint,
+                                  save_checkpoint, seed_everything, training_steps)
+from .sft_math_reasoning import changed, evaluate, run_all
 
 # %% ../nbs/09_expert_iteration.ipynb #634d4a78
 EI_PRESETS = {
@@ -112,7 +110,7 @@ def ei_step(run, step: int, engine, model, optimizer, problems: list[Problem]) -
     batch = [problems[i] for i in batch_indices((step - 1) * n, n, len(problems), config["seed"])]
     groups = sample_groups(engine, batch, config, step)
     sampled = time.perf_counter()
-    examples, metrics = select_correct(groups, batch, REWARD_FNS.get(config["prompt"], r1_zero_reward_fn))
+    examples, metrics = select_correct(groups, batch, reward_fn_of(config["prompt"]))
     graded = time.perf_counter()
     if not examples:
         print(f"step {step}: none of {n * config['group_size']} responses is right, so the policy stays as it is. If this "
@@ -145,7 +143,7 @@ def expert_iteration(config: dict, engine=None, root: Path | str | None = None, 
     engine, keep, compiled, checkpoint_s: as for `sft`. A killed run continues from its last checkpoint. Raises DataError, DataMissing,
     ModelMissing (train the starting policy first), RunConflict.
     """
-    problems, held_out = problem_sets(config)
+    problems, held_out = problem_sets(config["data"], config["eval_data"], config["n_eval"], config["pool"])
     with open_run(config, root, force) as run:
         if run.summary:
             return run.summary
@@ -190,7 +188,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
 
 # %% ../nbs/09_expert_iteration.ipynb #004a143f
 @app.callback(invoke_without_command=True)
-def main(ctx: typer.Context, track: Track = "pocket", seed: int = 0, set_: Changes = [], replicas: Replicas = 1,
+def main(ctx: typer.Context, track: TrackName = "pocket", seed: int = 0, set_: Changes = [], replicas: Replicas = 1,
          gpu_memory_utilization: GpuShare = 0.4, force: bool = False, root: Root = None):
     """Five expert-iteration steps from a finetuned policy (on the micro track: from the pretrained one)."""
     if ctx.invoked_subcommand:
@@ -201,7 +199,7 @@ def main(ctx: typer.Context, track: Track = "pocket", seed: int = 0, set_: Chang
 
 
 @app.command()
-def sweep(track: Track = "pocket", seed: Seeds = [0, 1, 2, 3], set_: Changes = [], replicas: Replicas = 1,
+def sweep(track: TrackName = "pocket", seed: Seeds = [0, 1, 2, 3], set_: Changes = [], replicas: Replicas = 1,
           gpu_memory_utilization: GpuShare = 0.4, force: bool = False, root: Root = None, keep: bool = False):
     """Vary G, the epochs per step and |D_b|, one at a time, several seeds each."""
     with told():

