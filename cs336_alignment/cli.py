@@ -35,7 +35,7 @@ def stop(error: Exception | str) -> None:
 
 @contextmanager
 def told(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns errors of these kinds (default: ValueError and OSError, those of bad input) into one line and exit status 2."""
+    """Turns errors of these kinds (default: ValueError and OSError, as of bad input) into one line and exit status 2."""
     try:
         yield
     except kinds or (ValueError, OSError) as error:
@@ -54,7 +54,7 @@ def read_value(text: str) -> Any:
         return text
     return value if value is None or isinstance(value, (bool, int, float)) else text
 
-
+# %% ../nbs/E10_commands.ipynb #9ca6fd8f
 def parse_changes(settings: list[str]) -> dict[str, Any]:
     """{"name": value} from "name=value" strings, values as by `read_value`. Raises ValueError for any other form, and
     for a name that comes twice."""

@@ -93,10 +93,12 @@ def plan_lines(prompts, ground_truths, questions, sampling, chunk_size: int) -> 
 def finished_lines(out: Path | str | None, plan: list[dict]) -> list[dict]:
     """The complete lines of the file `out`; ValueError if they are not the first ones of `plan`."""
     records = read_jsonl(out, torn_ok=True) if out and Path(out).exists() else []
-    for record, line in zip(records, [*plan, *[{"index": None}] * len(records)]):
+    for i, record in enumerate(records):
+        line = plan[i] if i < len(plan) else {"index": "none"}
+        record = record if isinstance(record, dict) else {}
         if differing := [key for key, value in line.items() if record.get(key) != value]:
-            raise ValueError(f"{out} holds another evaluation (in line {record.get('index', 0) + 1} differ: "
-                             f"{', '.join(differing)}): move it away or choose another file")
+            raise ValueError(f"{out} holds another evaluation (in line {i + 1} differ: {', '.join(differing)}): "
+                             "move it away or choose another file")
     return records
 
 # %% ../nbs/05_zero_shot.ipynb #a6110978
@@ -282,8 +284,7 @@ def plan_runs(track: str, data: list, prompts: list, seeds: list[int], model: st
     check_writable((root or Path(".")) / "base")
     for seed in seeds:
         check_numbers(n or None, 1.0, 1 if max_tokens is None else max_tokens, seed)
-    for name in filter(None, prompts):
-        load_prompt(name)
+    _ = [load_prompt(name) for name in prompts if name]
     count = {name: len(load_problems(name, n=n or None)) for name in data if name}
     preset = preset_of(track)
     count[None] = len(load_problems(preset.test, n=n or None)) if None in data else 0
