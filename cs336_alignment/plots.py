@@ -16,8 +16,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from scipy.stats import t as student_t, ttest_ind
 
-from .data import DataMissing, read_jsonl
-from .runs import read_summary, run_folders
+from .data import DataMissing
+from .runs import load_rollouts, run_table
 
 # %% ../nbs/E5_plots.ipynb #e2effec9
 def interval(values) -> tuple[float, float, int]:
@@ -39,16 +39,16 @@ def coverage(n: int) -> float:
     return float(1 - 2 * student_t.sf(1.96, n - 1))
 
 # %% ../nbs/E5_plots.ipynb #b2218550
-def difference(*roots: Path | str, of: str, minus: str, metric: str = "answer_accuracy") -> tuple[float, float, float]:
+def difference(*sources: Path | str, of: str, minus: str, metric: str = "answer_accuracy") -> tuple[float, float, float]:
     """(difference, low, high): final `metric` of one variant minus another's, with Welch's 95% interval over seeds.
 
-    roots: folders whose finished runs hold both variants. Raises DataMissing if one has fewer than two seeds.
+    sources: as of `load_runs`; their finished runs hold both variants. Raises DataMissing if one has fewer than two seeds.
     """
-    summaries = [s for root in roots for folder in run_folders(root) if (s := read_summary(folder))]
-    values = [[s["final"][metric] for s in summaries if s["variant"] == name] for name in (of, minus)]
+    runs = run_table(*sources)
+    values = [runs[runs.variant == name][metric].dropna().tolist() for name in (of, minus)]
     for name, found in zip((of, minus), values):
         if len(found) < 2:
-            raise DataMissing(f"{len(found)} finished runs of {name} in {', '.join(map(str, roots))}: a difference needs two")
+            raise DataMissing(f"{len(found)} finished runs of {name} in {', '.join(map(str, sources))}: a difference needs two")
     low, high = ttest_ind(*values, equal_var=False).confidence_interval(0.95)
     return float(np.mean(values[0]) - np.mean(values[1])), float(low), float(high)
 
@@ -132,23 +132,18 @@ def made_by(command: str, fig=None) -> None:
 SHARED = ("n_eval", "temperature", "steps")  # settings that the seeds of a variant should have in common
 
 
-def results_table(*roots: Path | str, metric: str = "answer_accuracy") -> pd.DataFrame:
-    """Final `metric` of the finished runs below `roots`, one row a family, track and variant.
+def results_table(*sources: Path | str, metric: str = "answer_accuracy") -> pd.DataFrame:
+    """Final `metric` of the finished runs in `sources` (as of `load_runs`), one row a family, track and variant.
 
-    Columns: seeds, mean, half (1.96·σ/√n), half_t (the same with Student's factor, which holds 95% for few seeds too),
-    n_eval, temperature, steps, wall_s (mean, s). Raises DataMissing if no run is finished.
+    Columns: eval_data, seeds, mean, half (1.96·σ/√n), half_t (the same with Student's factor, which holds 95% for few seeds
+    too), n_eval, temperature, steps, wall_s (mean, s). Raises DataMissing if no run is finished.
     """
-    summaries = [s for root in roots for folder in run_folders(root) if (s := read_summary(folder))]
-    if not summaries:
-        raise DataMissing(f"no finished runs in {', '.join(map(str, roots))}: run the experiment first")
-    frame = pd.DataFrame(summaries)
-    frame["value"] = [s["final"].get(metric, math.nan) for s in summaries]
+    shared = lambda values: values.iloc[0] if values.nunique() <= 1 else "differs"
     rows = {}
-    for name, group in frame.groupby(["family", "track", "variant"]):
-        mean, half, n = interval(group.value)
-        rows[name] = {"seeds": n, "mean": mean, "half": half, "half_t": student(half, n),
-                      **{key: group[key].iloc[0] if group[key].nunique() <= 1 else "differs" for key in SHARED},
-                      "wall_s": group.wall_s.mean()}
+    for name, group in run_table(*sources).groupby(["family", "track", "variant"]):
+        mean, half, n = interval(group[metric] if metric in group else [])
+        rows[name] = {"eval_data": shared(group.eval_data), "seeds": n, "mean": mean, "half": half, "half_t": student(half, n),
+                      **{key: shared(group[key]) for key in SHARED}, "wall_s": group.wall_s.mean()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["family", "track", "variant"])
 
 # %% ../nbs/E5_plots.ipynb #95efe748
@@ -156,11 +151,11 @@ def markdown_table(table: pd.DataFrame) -> str:
     """A `results_table` of rates as Markdown, in per cent, with what its interval is worth written under it."""
     percent = lambda v: "–" if pd.isna(v) else f"{v:.1%}"
     known = lambda v: "–" if pd.isna(v) else v
-    head = ["run", "seeds", "final", "± 1.96·σ/√n", "± t·σ/√n", "examples", "T", "steps", "wall-clock (s)"]
-    rows = [[" ".join(map(str, name)), r["seeds"], *(percent(r[k]) for k in ("mean", "half", "half_t")),
+    head = ["run", "evaluated on", "seeds", "final", "± 1.96·σ/√n", "± t·σ/√n", "examples", "T", "steps", "wall-clock (s)"]
+    rows = [[" ".join(map(str, name)), known(r["eval_data"]), r["seeds"], *(percent(r[k]) for k in ("mean", "half", "half_t")),
              *(known(r[k]) for k in SHARED), f"{r['wall_s']:,.1f}"]
             for name, r in zip(table.index, table.to_dict("records"))]  # iterrows would turn whole numbers into floats
-    lines = [f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] + ["---:"] * 8, *rows]]
+    lines = [f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * 2 + ["---:"] * 8, *rows]]
     few = sorted({n for n in table.seeds if 1 < n < 30})
     worth = "; ".join(f"n = {n}: {coverage(n):.0%}" for n in few)
     return "\n".join(lines) + (f"\n\n1.96·σ/√n holds the true mean less often than 95% of the time ({worth}); "
@@ -221,13 +216,13 @@ def rollouts_html(records: list[dict]) -> str:
     return (f'<div class="{name} tex2jax_ignore mathjax_ignore">{style}{legend_html()}{buttons}{body}</div>')
 
 
-def show_rollouts(source: list[dict] | Path | str, step: int | None = None):
-    """A browser of rollouts for the notebook (IPython HTML). source: records of `log_generations`, or a run folder, of
-    which `step` picks one evaluation. Raises DataMissing if there is nothing to show."""
-    records = source if isinstance(source, list) else read_jsonl(Path(source) / "rollouts.jsonl")
-    records = [r for r in records if step is None or r.get("step") == step]
-    if not records:
-        place = "the list" if isinstance(source, list) else source
-        raise DataMissing(f"no rollouts{'' if step is None else f' of step {step}'} in {place}")
+def show_rollouts(source: list[dict] | Path | str, step: int | None = None, variant: str | None = None, seed: int | None = None):
+    """A browser of rollouts for the notebook (IPython HTML). source: records of `log_generations`, or as of `load_rollouts`, of
+    which step, variant and seed pick some. Raises DataMissing if there is nothing to show."""
+    wanted = {k: v for k, v in dict(step=step, variant=variant, seed=seed).items() if v is not None}
+    if not isinstance(source, list):
+        source = load_rollouts(source, **wanted)
+    if not (records := [r for r in source if all(r.get(k) == v for k, v in wanted.items())]):
+        raise DataMissing(f"no rollouts{''.join(f' of {k} {v}' for k, v in wanted.items())} in the list")
     from IPython.display import HTML  # only notebooks need IPython
     return HTML(rollouts_html(records))
