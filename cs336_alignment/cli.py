@@ -35,7 +35,7 @@ def stop(error: Exception | str) -> None:
 
 @contextmanager
 def told(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns errors of these kinds (default: ValueError and OSError, as of bad input) into one line and exit status 2."""
+    """Turns errors of these kinds (default: ValueError and OSError) into one line and exit status 2."""
     try:
         yield
     except kinds or (ValueError, OSError) as error:

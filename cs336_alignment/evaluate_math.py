@@ -281,7 +281,8 @@ def plan_runs(track: str, data: list, prompts: list, seeds: list[int], model: st
     Raises ValueError or OSError, saying what to do, for a mistake in the call; nothing is loaded or made."""
     if engine not in ("auto", "vllm", "transformers"):
         raise ValueError(f"--engine is auto, vllm or transformers, not {engine!r}")
-    check_writable((root or Path(".")) / "base")
+    if root:
+        check_writable(root / "config.json")
     for seed in seeds:
         check_numbers(n or None, 1.0, 1 if max_tokens is None else max_tokens, seed)
     _ = [load_prompt(name) for name in prompts if name]
