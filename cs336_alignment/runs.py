@@ -171,11 +171,12 @@ class RunConflict(ValueError):
     """The folder belongs to another run; the message says what differs and what to do."""
 
 
-def run_folder(config: dict, root: Path | str | None = None) -> Path:
+def run_folder(config: dict | Config, root: Path | str | None = None) -> Path:
     """`<root>/<family>_<track>/<variant>_seed<seed>`; `root` is by default `results/runs`.
 
     Raises ValueError if the configuration lacks one of the four, or a name would leave the folder.
     """
+    config = asdict(config) if is_dataclass(config) else config
     missing = [k for k in RUN_KEYS if k not in config]
     if missing:
         raise ValueError(f"a run's configuration needs {', '.join(RUN_KEYS)}; {', '.join(missing)} missing")
@@ -185,7 +186,7 @@ def run_folder(config: dict, root: Path | str | None = None) -> Path:
     return root / f"{config['family']}_{config['track']}" / f"{config['variant']}_seed{config['seed']}"
 
 # %% ../nbs/E4_runs.ipynb #2e2d1f72
-def policy_name(config: dict) -> str:
+def policy_name(config: dict | Config) -> str:
     """The name under which a run's policy is kept: that of its run folder."""
     return str(run_folder(config, "").as_posix())
 

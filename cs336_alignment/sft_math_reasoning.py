@@ -17,7 +17,7 @@ import json
 import math
 import random
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -114,7 +114,7 @@ def training_pairs(config: SFTConfig) -> list[tuple[str, str]]:
         pairs = [(fill_prompt(template, p.question), teacher_response(p)) for p in sft_problems(config)[0]]
     n = config.n_train or len(pairs)
     if n > len(pairs):
-        raise DataError(f"n_train = {n:,}, but {config['traces'] or config['data']} has {len(pairs):,} examples")
+        raise DataError(f"n_train = {n:,}, but {config.traces or config.data} has {len(pairs):,} examples")
     return random.Random(config.seed).sample(pairs, n)
 
 # %% ../nbs/08_sft.ipynb #68599793
