@@ -6,7 +6,7 @@
 __all__ = ['X_LABELS', 'WORDS', 'SHARED', 'FULL_COLOUR', 'OUTCOMES', 'PRE', 'interval', 'student', 'coverage', 'difference',
            'differences', 'paired_difference', 'paired', 'gains', 'show_gains', 'band', 'is_share', 'axis_label',
            'describe', 'put_title', 'label_ends', 'plot_curves', 'made_by', 'results_table', 'markdown_table',
-           'plot_dots', 'describe_table', 'outcome', 'colour_tokens', 'entropy_colour', 'question_of', 'rollout_html',
+           'plot_dots', 'describe_table', 'outcome', 'entropy_colour', 'colour_tokens', 'question_of', 'rollout_html',
            'legend_html', 'rollouts_html', 'show_rollouts']
 
 # %% ../nbs/E5_plots.ipynb #4b199b61
@@ -33,7 +33,7 @@ def interval(values) -> tuple[float, float, int]:
 
 
 def student(half: float, n: int) -> float:
-    """The half width of `interval` with Student's factor for n values instead of 1.96: it holds 95% for few values too."""
+    """The half width of `interval` with Student's factor for n values instead of 1.96: 95% for few values too."""
     return half * student_t.ppf(0.975, n - 1) / 1.96 if n > 1 else math.nan
 
 
@@ -42,21 +42,25 @@ def coverage(n: int) -> float:
     return float(1 - 2 * student_t.sf(1.96, n - 1))
 
 # %% ../nbs/E5_plots.ipynb #b2218550
-def difference(*sources: Path | str, of: str, minus: str, metric: str = "answer_accuracy") -> tuple[float, float, float]:
+def difference(*sources: Path | str, of: str, minus: str,
+               metric: str = "answer_accuracy") -> tuple[float, float, float]:
     """(difference, low, high): final `metric` of one variant minus another's, with Welch's 95% interval over seeds.
 
-    sources: as of `load_runs`; their finished runs hold both variants. Raises DataMissing if one has fewer than two seeds.
+    sources: as of `load_runs`; their finished runs hold both variants. Raises DataMissing if one has fewer than two
+    seeds.
     """
     runs = run_table(*sources)
     values = [runs[runs.variant == name][metric].dropna().tolist() for name in (of, minus)]
     for name, found in zip((of, minus), values):
         if len(found) < 2:
-            raise DataMissing(f"{len(found)} finished runs of {name} in {', '.join(map(str, sources))}: a difference needs two")
+            raise DataMissing(f"{len(found)} finished runs of {name} in {', '.join(map(str, sources))}: "
+                              "a difference needs two")
     low, high = ttest_ind(*values, equal_var=False).confidence_interval(0.95)
     return float(np.mean(values[0]) - np.mean(values[1])), float(low), float(high)
 
 # %% ../nbs/E5_plots.ipynb #3341b4e0
-def differences(sources: Path | str | list, *pairs: tuple[str, str], metric: str = "answer_accuracy", names: dict[str, str] | None = None) -> None:
+def differences(sources: Path | str | list, *pairs: tuple[str, str], metric: str = "answer_accuracy",
+                names: dict[str, str] | None = None) -> None:
     """Print, for (of, minus) in `pairs`, the `difference` of a share in points, with its interval.
 
     sources: one, or a list of several. names: other names for variants.
@@ -68,11 +72,12 @@ def differences(sources: Path | str | list, *pairs: tuple[str, str], metric: str
         print(f"{of} − {minus}: {gap:+.1f} points, 95% interval [{low:+.1f}, {high:+.1f}]")
 
 # %% ../nbs/E5_plots.ipynb #82d43536
-def paired_difference(runs: pd.DataFrame, of: str, minus: str, step: int | None = None, metric: str = "eval/answer_accuracy",
-                      ) -> tuple[float, float, int]:
+def paired_difference(runs: pd.DataFrame, of: str, minus: str, step: int | None = None,
+                      metric: str = "eval/answer_accuracy") -> tuple[float, float, int]:
     """(mean, half width, seeds) of the seeds' own differences in `metric` between two variants; half: 1.96·σ/√n.
 
-    runs: from `load_runs`. step: of the evaluations, by default each variant's last. Raises DataMissing without a common seed.
+    runs: from `load_runs`. step: of the evaluations, by default each variant's last. Raises DataMissing if the two have
+    no seed in common.
     """
     def at(variant):
         rows = runs[(runs.variant == variant) & runs[metric].notna()]
@@ -80,32 +85,37 @@ def paired_difference(runs: pd.DataFrame, of: str, minus: str, step: int | None 
 
     mean, half, n = interval(at(of) - at(minus))
     if n == 0:
-        raise DataMissing(f"no seed has {metric} of both {of} and {minus}" + ("" if step is None else f" at step {step}"))
+        place = "" if step is None else f" at step {step}"
+        raise DataMissing(f"no seed has {metric} of both {of} and {minus}{place}")
     return mean, half, n
 
 
-def paired(runs: pd.DataFrame, of: str, minus: str, step: int | None = None, metric: str = "eval/answer_accuracy") -> None:
+def paired(runs: pd.DataFrame, of: str, minus: str, step: int | None = None,
+           metric: str = "eval/answer_accuracy") -> None:
     """Print `paired_difference` of a share in points, with ± 1.96·σ/√n and Student's 95%."""
     mean, half, n = paired_difference(runs, of, minus, step, metric)
     place = "at the end" if step is None else f"after step {step}"
-    print(f"{place}: {of} − {minus} {100 * mean:+.1f} ± {100 * half:.1f} points (Student: ± {100 * student(half, n):.1f}; {n} seeds)")
+    print(f"{place}: {of} − {minus} {100 * mean:+.1f} ± {100 * half:.1f} points "
+          f"(Student: ± {100 * student(half, n):.1f}; {n} seeds)")
 
 # %% ../nbs/E5_plots.ipynb #e79b4db2
 def gains(runs: pd.DataFrame, metric: str = "eval/answer_accuracy") -> pd.DataFrame:
-    """Per variant, over the seeds that have both: `metric` at step 0 and at the last step, and the mean of their differences.
+    """Per variant, over the seeds that have both: `metric` at step 0 and at the last, and the mean of the differences.
 
     runs: from `load_runs`. Columns: seeds, before, after, gain, half (1.96·σ/√n of the gain), half_t (Student's 95%).
     """
     rows = {}
     for name, group in runs[runs[metric].notna()].groupby("variant"):
-        at = {k: group[group.step == step].set_index("seed")[metric] for k, step in [("before", 0), ("after", group.step.max())]}
+        at = {k: group[group.step == step].set_index("seed")[metric]
+              for k, step in [("before", 0), ("after", group.step.max())]}
         both = pd.DataFrame(at).dropna()
         gain, half, n = interval(both.after - both.before)
         rows[name] = {"seeds": n, **both.mean(), "gain": gain, "half": half, "half_t": student(half, n)}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 # %% ../nbs/E5_plots.ipynb #e977d559
-def show_gains(runs: pd.DataFrame, variants: list[str] | dict[str, str] | None = None, metric: str = "eval/answer_accuracy") -> pd.DataFrame:
+def show_gains(runs: pd.DataFrame, variants: list[str] | dict[str, str] | None = None,
+               metric: str = "eval/answer_accuracy") -> pd.DataFrame:
     """The `gains` of a share in %, rounded to 0.1, to be shown: with the mean after step 1, if that was evaluated.
 
     variants: which, in this order; a dict gives them other names.
@@ -141,8 +151,9 @@ def band(runs: pd.DataFrame, metric: str, x: str = "step", points: int = 60) -> 
 # %% ../nbs/E5_plots.ipynb #8d90c326
 X_LABELS = {"step": "training step", "samples": "samples seen", "wall_s": "wall-clock time, s"}
 WORDS = {"answer_accuracy": "accuracy", "format_rate": "well-formed responses", "truncated": "responses cut off",
-         "reward_mean": "mean reward", "token_entropy": "entropy, nats a token", "mean_tokens": "response length, tokens",
-         "share_trained": "responses with an advantage", "share_solved": "questions solved", "grad_norm": "gradient norm"}
+         "reward_mean": "mean reward", "token_entropy": "entropy, nats a token", "grad_norm": "gradient norm",
+         "mean_tokens": "response length, tokens", "share_trained": "responses with an advantage",
+         "share_solved": "questions solved"}
 
 
 def is_share(metric: str) -> bool:
@@ -159,7 +170,7 @@ def axis_label(metric: str) -> str:
         words += " in training"
     return words + (", %" if is_share(metric) else "")
 
-
+# %% ../nbs/E5_plots.ipynb #2848506d
 def describe(runs: pd.DataFrame, metric: str) -> str:
     """What a reader must know about a figure of `metric`: seeds, interval, and for evaluations size and temperature."""
     counts = runs[runs[metric].notna()].groupby("variant").seed.nunique()
@@ -171,7 +182,7 @@ def describe(runs: pd.DataFrame, metric: str) -> str:
             parts.append(form.format(values[0]) if len(values) == 1 else f"{key} differs between the runs")
     return ", ".join(parts)
 
-# %% ../nbs/E5_plots.ipynb #2848506d
+# %% ../nbs/E5_plots.ipynb #eec525c2
 def put_title(ax, title: str | None, caption: str) -> None:
     """The message over a panel and, smaller, what the reader must know; without a message only the latter."""
     width = ax.get_window_extent().width / ax.figure.dpi  # inches
@@ -179,10 +190,11 @@ def put_title(ax, title: str | None, caption: str) -> None:
     if title is None:
         ax.set_title(lines, fontsize=8, color="0.35")
     else:
-        ax.set_title(textwrap.fill(title, max(int(12 * width), 20)), fontsize=10, loc="left", pad=8 + 10 * len(lines.splitlines()))
+        ax.set_title(textwrap.fill(title, max(int(12 * width), 20)), fontsize=10, loc="left",
+                     pad=8 + 10 * len(lines.splitlines()))
         ax.annotate(lines, (0, 1), (0, 4), "axes fraction", "offset points", fontsize=7.5, color="0.35", va="bottom")
 
-
+# %% ../nbs/E5_plots.ipynb #2c43fd84
 def label_ends(ax, lines: list, labels: list[str]) -> None:
     """Write each line's label at its right end, in its colour, pushed apart where they would overlap."""
     height = ax.get_window_extent().height * 72 / ax.figure.dpi  # points
@@ -195,16 +207,17 @@ def label_ends(ax, lines: list, labels: list[str]) -> None:
         places[k] = max(places[k], places[k - 1] + 9)
     shift = sum(p - at[k] for p, k in zip(places, order)) / len(places)  # all together as high as the ends
     for k, place in zip(order, places):
-        ax.annotate(labels[k], ends[k], (4, place - shift - at[k]), textcoords="offset points", color=lines[k].get_color(),
-                    fontsize=8, va="center", annotation_clip=False)
+        ax.annotate(labels[k], ends[k], (4, place - shift - at[k]), textcoords="offset points", fontsize=8,
+                    color=lines[k].get_color(), va="center", annotation_clip=False)
 
 # %% ../nbs/E5_plots.ipynb #7b7148a9
 def plot_curves(runs: pd.DataFrame, metric: str, x: str = "step", ax=None, labels: dict[str, str] | None = None,
                 title: str | None = None, ends: bool = True):
     """Draw `metric` against `x`: mean over seeds and ± 1.96·σ/√n, one line a variant; returns the axes.
 
-    runs: from `load_runs`. x: "step", "samples" or "wall_s". labels: other names for variants, also which, and their order;
-    more than four are hard to tell apart: see `plot_dots`. title: the message. ends: label the curves. Shares are in %.
+    runs: from `load_runs`. x: "step", "samples" or "wall_s". labels: other names for variants, also which, and their
+    order; more than four are hard to tell apart: see `plot_dots`. title: the message. ends: label the curves.
+    Shares are in %.
     """
     ax = ax or plt.subplots(figsize=(6, 3.6))[1]
     variants, scale = list(labels or sorted(runs.variant.unique())), 100 if is_share(metric) else 1
@@ -228,7 +241,7 @@ def plot_curves(runs: pd.DataFrame, metric: str, x: str = "step", ax=None, label
 
 # %% ../nbs/E5_plots.ipynb #c7cee588
 def made_by(command: str, fig=None) -> None:
-    """Write under a figure (default: the current one), below all that it holds, the command that makes its numbers again."""
+    """Write under a figure (default: the current one), below all else, the command that makes its numbers again."""
     fig = fig or plt.gcf()
     fig.draw_without_rendering()  # layouts come into force
     bottom = min(fig.get_tightbbox().y0, 0)  # inches
@@ -241,14 +254,15 @@ SHARED = ("n_eval", "temperature", "steps")  # settings that the seeds of a vari
 def results_table(*sources: Path | str, metric: str = "answer_accuracy") -> pd.DataFrame:
     """Final `metric` of the finished runs in `sources` (as of `load_runs`), one row a family, track and variant.
 
-    Columns: eval_data, seeds, mean, half (1.96·σ/√n), half_t (the same with Student's factor, which holds 95% for few seeds
-    too), n_eval, temperature, steps, wall_s (mean, s). Raises DataMissing if no run is finished.
+    Columns: eval_data, seeds, mean, half (1.96·σ/√n), half_t (the same with Student's factor, which holds 95% for few
+    seeds too), n_eval, temperature, steps, wall_s (mean, s). Raises DataMissing if no run is finished.
     """
     shared = lambda values: values.iloc[0] if values.nunique() <= 1 else "differs"
     rows = {}
     for name, group in run_table(*sources).groupby(["family", "track", "variant"]):
         mean, half, n = interval(group[metric] if metric in group else [])
-        rows[name] = {"eval_data": shared(group.eval_data), "seeds": n, "mean": mean, "half": half, "half_t": student(half, n),
+        rows[name] = {"eval_data": shared(group.eval_data), "seeds": n,
+                      "mean": mean, "half": half, "half_t": student(half, n),
                       **{key: shared(group[key]) for key in SHARED}, "wall_s": group.wall_s.mean()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["family", "track", "variant"])
 
@@ -257,9 +271,11 @@ def markdown_table(table: pd.DataFrame) -> str:
     """A `results_table` of rates as Markdown, in per cent, with what its interval is worth written under it."""
     percent = lambda v: "–" if pd.isna(v) else f"{v:.1%}"
     known = lambda v: "–" if v is None or pd.isna(v) else v
-    head = ["run", "evaluated on", "seeds", "final", "± 1.96·σ/√n", "± t·σ/√n", "examples", "T", "steps", "wall-clock (s)"]
-    rows = [[" ".join(map(str, name)), Path(known(r["eval_data"])).stem, r["seeds"], *(percent(r[k]) for k in ("mean", "half", "half_t")),
-             *(known(r[k]) for k in SHARED), f"{r['wall_s']:,.1f}"]
+    head = ["run", "evaluated on", "seeds", "final", "± 1.96·σ/√n", "± t·σ/√n", "examples", "T", "steps",
+            "wall-clock (s)"]
+    rows = [[" ".join(map(str, name)), Path(known(r["eval_data"])).stem, r["seeds"],
+             *(percent(r[k]) for k in ("mean", "half", "half_t")), *(known(r[k]) for k in SHARED),
+             f"{r['wall_s']:,.1f}"]
             for name, r in zip(table.index, table.to_dict("records"))]  # iterrows would turn whole numbers into floats
     lines = [f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * 2 + ["---:"] * 8, *rows]]
     few = sorted({n for n in table.seeds if 1 < n < 30})
@@ -268,26 +284,27 @@ def markdown_table(table: pd.DataFrame) -> str:
                                "t·σ/√n corrects for that." if few else "")
 
 # %% ../nbs/E5_plots.ipynb #7eacd58a
-def plot_dots(table: pd.DataFrame, value: str = "mean", half: str = "half", ax=None, labels: dict[str, str] | None = None,
-              title: str | None = None, xlabel: str = "accuracy, %", caption: str | None = None):
+def plot_dots(table: pd.DataFrame, value: str = "mean", half: str = "half", ax=None,
+              labels: dict[str, str] | None = None, title: str | None = None, xlabel: str = "accuracy, %",
+              caption: str | None = None):
     """Draw a share with its interval, a row a variant, the largest on top; returns the axes.
 
-    table: from `results_table` or `gains`, columns `value` and `half` (the half width). labels: other names for variants, also
-    which. caption: default, what the table says of seeds, problems and temperature.
+    table: from `results_table` or `gains`, columns `value` and `half` (the half width). labels: other names for
+    variants, also which. caption: default, what the table says of seeds, problems and temperature.
     """
-    names = [name[-1] if isinstance(name, tuple) else name for name in table.index]
-    rows = table.assign(name=names).sort_values(value)
-    rows = rows[rows.name.isin(labels)] if labels else rows
+    rows = table.assign(name=[name[-1] if isinstance(name, tuple) else name for name in table.index])
+    rows = (rows[rows.name.isin(labels)] if labels else rows).sort_values(value)
     ax = ax or plt.subplots(figsize=(6, 0.6 + 0.3 * len(rows)))[1]
     ax.errorbar(100 * rows[value], range(len(rows)), xerr=100 * rows[half].fillna(0), fmt="o", ms=4, capsize=3)
-    ax.set(yticks=range(len(rows)), yticklabels=[(labels or {}).get(n, n) for n in rows.name], xlabel=xlabel, ylim=(-0.6, len(rows) - 0.4))
+    ax.set_yticks(range(len(rows)), [(labels or {}).get(name, name) for name in rows.name])
+    ax.set(xlabel=xlabel, ylim=(-0.6, len(rows) - 0.4))
     if value != "mean":
         ax.axvline(0, c="0.7", lw=0.8)
     ax.spines[["top", "right"]].set_visible(False)
     put_title(ax, title, caption or describe_table(rows, half))
     return ax
 
-
+# %% ../nbs/E5_plots.ipynb #ce79fa00
 def describe_table(rows: pd.DataFrame, half: str = "half") -> str:
     """What a reader must know about a table's rows: seeds, interval, and, if it says so, problems and temperature."""
     low, high = rows.seeds.min(), rows.seeds.max()
@@ -309,20 +326,21 @@ def outcome(record: dict) -> str:
     return "right" if record["reward"] == 1 else "wrong" if record["format_reward"] == 1 else "unformatted"
 
 
+def entropy_colour(h: float) -> str:
+    """White for 0 nats to orange for FULL_COLOUR and more."""
+    strength = min(max(h, 0) / FULL_COLOUR, 1) * 0.75
+    return "#" + "".join(f"{round(255 - strength * (255 - c)):02x}" for c in (238, 119, 51))
+
+# %% ../nbs/E5_plots.ipynb #44c1614b
 def colour_tokens(record: dict) -> str:
     """The response as HTML, each token's background by its entropy; without entropies and lengths, plain text."""
     text, parts, start = record["response"], [], 0
     for length, h in zip(record.get("token_lengths", []), record.get("entropies", [])):
         piece = escape(text[start:start + length])
-        parts.append(f'<span style="background-color:{entropy_colour(h)}" title="{h:.2f} nats">{piece}</span>' if piece else "")
+        style = f"background-color:{entropy_colour(h)}"
+        parts.append(f'<span style="{style}" title="{h:.2f} nats">{piece}</span>' if piece else "")
         start += length
     return "".join(parts) + escape(text[start:])
-
-
-def entropy_colour(h: float) -> str:
-    """White for 0 nats to orange for FULL_COLOUR and more."""
-    strength = min(max(h, 0) / FULL_COLOUR, 1) * 0.75
-    return "#" + "".join(f"{round(255 - strength * (255 - c)):02x}" for c in (238, 119, 51))
 
 # %% ../nbs/E5_plots.ipynb #67e2bbe1
 PRE = '<pre style="white-space:pre-wrap;margin:0 0 6px 12px;color:#000;background-color:#fff">'
@@ -332,7 +350,7 @@ def question_of(record: dict) -> str:
     """The question alone, without the template around it."""
     return record.get("question") or record["prompt"].split("User: ")[-1].split("\nAssistant:")[0]
 
-
+# %% ../nbs/E5_plots.ipynb #b9c1e8e3
 def rollout_html(record: dict, unfolded: bool = False) -> str:
     """One rollout to unfold: a line of numbers; then prompt, response and ground truth."""
     entropy = record.get("token_entropy", math.nan)
@@ -344,13 +362,14 @@ def rollout_html(record: dict, unfolded: bool = False) -> str:
             f'<b>prompt</b>{PRE}{escape(record["prompt"])}</pre><b>response</b>{PRE}{colour_tokens(record)}</pre>'
             f'<b>ground truth</b> {escape(str(record["ground_truth"]))} ({rewards})</details>')
 
-
+# %% ../nbs/E5_plots.ipynb #1def7016
 def legend_html() -> str:
     """The colour scale in words and boxes."""
-    boxes = "".join(f'<span style="background-color:{entropy_colour(h)};color:#000">&nbsp;{h:g}&nbsp;</span>' for h in (0, 0.5, 1, 1.5, 2))
+    boxes = "".join(f'<span style="background-color:{entropy_colour(h)};color:#000">&nbsp;{h:g}&nbsp;</span>'
+                    for h in (0, 0.5, 1, 1.5, 2))
     return f"<div>entropy of the next-token distribution (nats): {boxes} and more</div>"
 
-# %% ../nbs/E5_plots.ipynb #b9c1e8e3
+# %% ../nbs/E5_plots.ipynb #c472c8bd
 def rollouts_html(records: list[dict], by: str = "outcome") -> str:
     """All rollouts as one self-contained piece of HTML without scripts: groups to unfold, the first rollout open.
 
@@ -366,9 +385,9 @@ def rollouts_html(records: list[dict], by: str = "outcome") -> str:
                      f'<div style="margin-left:16px">{inside}</div></details>')
     return f'<div class="tex2jax_ignore mathjax_ignore">{legend_html()}{"".join(parts)}</div>'
 
-
-def show_rollouts(source: list[dict] | Path | str, step: int | None = None, variant: str | None = None, seed: int | None = None,
-                  by: str = "outcome"):
+# %% ../nbs/E5_plots.ipynb #536b6350
+def show_rollouts(source: list[dict] | Path | str, step: int | None = None, variant: str | None = None,
+                  seed: int | None = None, by: str = "outcome"):
     """A browser of rollouts for the notebook (IPython HTML), grouped by "outcome" or by "question".
 
     source: records of `log_generations`, or as of `load_rollouts`, of which step, variant and seed pick some. Raises

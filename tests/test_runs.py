@@ -19,6 +19,12 @@ SIZE, POINTS = 16, 100
 torch.set_num_threads(1)  # a process with one thread can be forked
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_is_imported(tmp_path_factory):
+    """What the first training imports takes seconds: once here, and not in each of the children."""
+    train(tmp_path_factory.mktemp("warm"), 2, every=1)
+
+
 @pytest.fixture(autouse=True)
 def known_environment(monkeypatch):
     """Versions and commit take a second to find out; here runs are opened hundreds of times."""
