@@ -108,7 +108,7 @@ def literal_gradients(model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]
                       micro_batch_size: int, pad: int = 0, normalize_constant: float = 1.0) -> float:
     """Adds the gradient of a batch's SFT loss to `.grad`, in padded micro-batches, written literally (handout §4.3).
 
-    prompt_ids, output_ids: token ids of each row. Returns the batch's loss, which does not depend on `micro_batch_size`.
+    prompt_ids, output_ids: token ids of each row. Returns the batch's loss; it does not depend on `micro_batch_size`.
     Raises ValueError if `micro_batch_size` does not divide the batch: rows would weigh differently.
     """
     if len(prompt_ids) % micro_batch_size:
