@@ -55,7 +55,7 @@ class RunConflict(ValueError):
     """The folder belongs to another run; the message says what differs and what to do."""
 
 # %% ../nbs/E4_runs.ipynb #d1f40695
-def run_folder(config: dict | Config, root: Path | str | None = None) -> Path:
+def run_folder(config: "dict | Config", root: Path | str | None = None) -> Path:
     """`<root>/<family>_<track>/<variant>_seed<seed>`; `root` is by default `results/runs`.
 
     Raises ValueError if the configuration lacks one of the four, or a name would leave the folder.
@@ -70,7 +70,7 @@ def run_folder(config: dict | Config, root: Path | str | None = None) -> Path:
     return root / f"{config['family']}_{config['track']}" / f"{config['variant']}_seed{config['seed']}"
 
 # %% ../nbs/E4_runs.ipynb #2e2d1f72
-def policy_name(config: dict | Config) -> str:
+def policy_name(config: "dict | Config") -> str:
     """The name under which a run's policy is kept: that of its run folder."""
     return str(run_folder(config, "").as_posix())
 
