@@ -362,7 +362,7 @@ def open_mirror(wandb, mode: str, **args) -> Any:
         say_once(f"wandb: no connection ({type(e).__name__}), so the mirror is kept offline; `wandb sync` sends it")
         return wandb.init(mode="offline", **args)
 
-
+# %% ../nbs/E4_runs.ipynb #959cc7a8
 def serve_mirror(queue: SimpleQueue, **args) -> None:
     """The mirror's thread: open the wandb run, pass on what comes, close it; one line says how."""
     try:
@@ -527,8 +527,8 @@ def save_checkpoint(run: Run, step: int, parts: dict, extra: dict | None = None,
 
     parts: by name, objects with `state_dict` and `load_state_dict` (model, optimizer, scheduler, …). extra: plain data.
     The generators' state is added. Atomic; the previous checkpoint is removed once this one is safe. after_s: do
-    nothing if fewer seconds have passed since the last one (or the start). Raises TypeError for data that could not be loaded
-    safely, ValueError for a step that has one, DiskFull (the previous one stays).
+    nothing if fewer seconds have passed since the last one (or the start). Raises TypeError for data that could not be
+    loaded safely, ValueError for a step that has one, DiskFull (the previous one stays).
     """
     if step <= run.step:
         raise ValueError(f"step {step} is not after the last checkpoint, of step {run.step}")
@@ -949,7 +949,8 @@ def index_line(family: Path, about: dict) -> str:
     name = about.get("notebook", "–")
     place = f"[{Path(name).stem}](../nbs/{name}), {about['heading']}" if about else "–"
     cells = [f"[{family.name}]({family.name})", about.get("question", "–"), place,
-             f"`{about['command']}`" if about else "–", count, ", ".join(machines), " to ".join(dict.fromkeys((dates[0], dates[-1])))]
+             f"`{about['command']}`" if about else "–", count, ", ".join(machines),
+             " to ".join(dict.fromkeys((dates[0], dates[-1])))]
     return f"| {' | '.join(cells)} |\n"
 
 # %% ../nbs/E4_runs.ipynb #8bcd12c7
