@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -172,3 +171,39 @@ def test_an_array_says_the_item(tmp_path):
 def test_a_missing_file(tmp_path):
     with pytest.raises(DataMissing, match="no such file"):
         read_problems(tmp_path / "no.jsonl")
+
+
+def command(*args):
+    env = os.environ | {"PYTHONPATH": str(repo_root()), "NO_COLOR": "1", "COLUMNS": "100"}
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("module", ["data", "data_sets"])
+def test_commands_by_both_names(module, tmp_path):
+    run = lambda *args: command("-m", f"cs336_alignment.{module}", *args)
+    shipped = str(repo_root() / "data" / "gsm_symbolic")
+    done = run("verify", shipped)
+    assert (done.returncode, done.stdout) == (0, "train.jsonl: OK\ntest.jsonl: OK\nheldout.jsonl: OK\n")
+    for wrong in (["verify", str(tmp_path)], ["get", "gsm9k"], ["make", "gsm8k"], ["verify"], ["gets"]):
+        done = run(*wrong)
+        assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
+        assert wrong in (["verify"], ["gets"]) or (done.stderr.startswith("error: ") and done.stderr.count("\n") == 1)
+    assert "No such command 'gets'" in run("gets").stderr
+
+
+def test_the_module_runs_as_a_script_file(tmp_path):
+    for module in ("data", "data_sets"):
+        done = command(str(repo_root() / "cs336_alignment" / f"{module}.py"), "verify", str(tmp_path))
+        assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'SHA256SUMS'}: no such file\n")
+
+
+def test_help_does_not_wait_for_torch():
+    done = command("-X", "importtime", "-m", "cs336_alignment.data", "--help")
+    assert done.returncode == 0 and "verify" in done.stdout
+    assert not {"torch", "transformers", "huggingface_hub", "pyarrow"} & {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+
+
+def test_names_of_models_come_without_torch():
+    done = command("-c", "import sys; from cs336_alignment.models import TRACKS, cache_dir, load_policy, trained_policies\n"
+                         "trained_policies(); print({'torch', 'transformers', 'tokenizers'} & set(sys.modules))")
+    assert done.stdout == "set()\n"
