@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['UNITS_SENTENCE', 'SYMBOLIC_SEED', 'SYMBOLIC_SIZES', 'HELDOUT_TEMPLATES', 'SOURCES', 'app', 'false_steps',
            'normalise_number', 'symbolic_record', 'symbolic_splits', 'file_sha256', 'write_sums', 'verify_sums',
-           'make_gsm_symbolic', 'Source', 'get', 'get_command', 'make_command', 'verify_command', 'main']
+           'make_gsm_symbolic', 'Source', 'get', 'get_command', 'make_command', 'verify_command']
 
-# %% ../nbs/E0_data_sets.ipynb #913f9fd4
+# %% ../nbs/E0_data_sets.ipynb #ebd66580
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
 import hashlib
@@ -20,12 +20,12 @@ from fractions import Fraction
 from pathlib import Path
 
 import typer
-import sys
 
-from .data import DataError, DataMissing, _parser, _read_text, data_folders, read_jsonl, repo_root
-from .runs import write_text
+from .cli import told
+from .data import (DataError, DataMissing, _parser, _read_text, data_folders, join_thousands, read_jsonl,
+                                  repo_root)
 
-# %% ../nbs/E0_data_sets.ipynb #65698857
+# %% ../nbs/E0_data_sets.ipynb #fdd1e8a3
 _NUMBER = r"[$£€]?\d[\d,]*(?:\.\d+)?%?"
 _STEP = re.compile(rf"(?<![\w.)/])({_NUMBER}(?: *[-+*/] *{_NUMBER})+) *= *({_NUMBER}(?:/\d+)?)(?![\w(]|\.\d| *[-+*/])")
 _UNITS = re.compile(r"(?:(?<=[\d%]) +|(?<=\d)/)[a-z][a-z /-]*?(?= *(?:[-+*=]|/ *[$£€\d]))")
@@ -34,7 +34,7 @@ _REWRITES = ((r"(?<=[\w%]) [x×] (?=[$£€\d])", " * "), (r"\bhalf \*", "0.5 *"
              (r"(?<=\d)\(([\d.]+)\)", r"*\1"),  # 8(16)
              (r" *÷ *(\d+)/(\d+)", r" / \1 * \2"), ("÷", "/"))  # 15÷1/2: divide by one half
 
-# %% ../nbs/E0_data_sets.ipynb #45ff97b1
+# %% ../nbs/E0_data_sets.ipynb #009c436b
 def _value(chain: str) -> Fraction:
     "The exact value of numbers joined by + - * /; 40% counts as 0.4."
     total, term, op = Fraction(0), Fraction(0), "+"
@@ -49,7 +49,7 @@ def _value(chain: str) -> Fraction:
             term = term * number if op == "*" else term / number
     return total + term
 
-# %% ../nbs/E0_data_sets.ipynb #dbb6ef0d
+# %% ../nbs/E0_data_sets.ipynb #9ab3cf14
 def _steps(text: str) -> list[tuple[str, str]]:
     "The (left, right) sides of every chain of numbers with a result; units between numbers are left out."
     for pattern, plain in _REWRITES:
@@ -61,18 +61,18 @@ def false_steps(text: str) -> list[str]:
     """The steps `a + b = c` in a worked solution whose two sides differ; [] if all that can be read are true."""
     return [f"{left} = {right}" for left, right in _steps(text) if _value(left) != _value(right)]
 
-# %% ../nbs/E0_data_sets.ipynb #a0ec5209
+# %% ../nbs/E0_data_sets.ipynb #0ac500e3
 UNITS_SENTENCE = " Give the result as your final answer. Do not include units."
 
 
 def normalise_number(text: str) -> str:
     """`1,080` -> `1080`, `36.0` -> `36`, `2.50` -> `2.5`; text that is no number is returned as it is."""
-    text = text.strip().replace(",", "")
+    text = join_thousands(text.strip())
     if not re.fullmatch(r"-?\d+(\.\d+)?", text):
         return text
     return text.rstrip("0").rstrip(".") if "." in text else text
 
-# %% ../nbs/E0_data_sets.ipynb #38a367f0
+# %% ../nbs/E0_data_sets.ipynb #8600a668
 def symbolic_record(item: dict, template: int) -> tuple[dict | None, str]:
     """({"question", "answer", "template"}, "kept") from a reasoning-gym item, or (None, why it was rejected)."""
     steps, _, result = item["metadata"]["answer_cot"].rpartition("####")
@@ -88,7 +88,7 @@ def symbolic_record(item: dict, template: int) -> tuple[dict | None, str]:
         return None, "false step"
     return {"question": question, "answer": f"{steps.strip()}\n#### {gold}", "template": template}, "kept"
 
-# %% ../nbs/E0_data_sets.ipynb #38b908fe
+# %% ../nbs/E0_data_sets.ipynb #8af5595c
 SYMBOLIC_SEED = 336
 SYMBOLIC_SIZES = {"train": 7_500, "test": 1_200, "heldout": 500}
 HELDOUT_TEMPLATES = (0, 3, 18, 23, 24, 46, 49, 62, 69, 75, 78, 96)
@@ -96,13 +96,16 @@ HELDOUT_TEMPLATES = (0, 3, 18, 23, 24, 46, 49, 62, 69, 75, 78, 96)
 
 def _symbolic_stream(seed: int, size: int) -> Iterator[tuple[dict | None, str]]:
     "`symbolic_record` of each generated item; its template number is the dataset's `task_indices`."
-    import reasoning_gym  # a development dependency: only making the set needs it
+    try:
+        import reasoning_gym  # a development dependency: only making the set needs it
+    except ImportError:
+        raise DataMissing("this set is made by reasoning-gym 0.1.25: run `uv sync`, then this command again") from None
 
     items = reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=size)
     for i, template in enumerate(items.task_indices):
         yield symbolic_record(items[i], template)
 
-# %% ../nbs/E0_data_sets.ipynb #42d2679c
+# %% ../nbs/E0_data_sets.ipynb #beae0966
 def symbolic_splits(sizes: dict[str, int] = SYMBOLIC_SIZES, seed: int = SYMBOLIC_SEED) -> tuple[dict, Counter]:
     """(records by split, how many items were kept or rejected and why); no question occurs twice.
 
@@ -115,16 +118,22 @@ def symbolic_splits(sizes: dict[str, int] = SYMBOLIC_SIZES, seed: int = SYMBOLIC
         if record:
             seen.add(record["question"])
             names = ["heldout"] if record["template"] in HELDOUT_TEMPLATES else ["train", "test"]
-            free = [name for name in names if len(splits[name]) < sizes[name]]
+            free = next((name for name in names if len(splits[name]) < sizes[name]), None)
             reason = "kept" if free else "its split is full"
-            for name in free[:1]:
-                splits[name].append(record)
+            splits.get(free, []).append(record)
         counts[reason] += 1
         if all(len(splits[name]) == sizes[name] for name in sizes):
             return splits, counts
     raise DataError(f"reasoning-gym gave too few usable items for {sizes}: {dict(counts)}")
 
-# %% ../nbs/E0_data_sets.ipynb #3c6ee951
+# %% ../nbs/E0_data_sets.ipynb #ce911ef9
+def _write(path: Path, text: str) -> None:
+    "`write_text` of E4, atomic; imported only here, since it brings torch, which `verify` should not wait for."
+    from cs336_alignment.runs import write_text
+
+    write_text(path, text)
+
+# %% ../nbs/E0_data_sets.ipynb #2cd82615
 def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
@@ -133,9 +142,9 @@ def file_sha256(path: str | Path) -> str:
 
 def write_sums(folder: str | Path, names: Iterable[str]) -> None:
     """Write `folder/SHA256SUMS` for these files, as `sha256sum` would."""
-    write_text(Path(folder) / "SHA256SUMS", "".join(f"{file_sha256(Path(folder) / n)}  {n}\n" for n in names))
+    _write(Path(folder) / "SHA256SUMS", "".join(f"{file_sha256(Path(folder) / n)}  {n}\n" for n in names))
 
-# %% ../nbs/E0_data_sets.ipynb #62625f7a
+# %% ../nbs/E0_data_sets.ipynb #4c1981c4
 def verify_sums(folder: str | Path) -> list[str]:
     """The names of the files in `folder/SHA256SUMS`, all checked; DataMissing or DataError names the first bad one."""
     names = []
@@ -149,7 +158,7 @@ def verify_sums(folder: str | Path) -> list[str]:
         names.append(name)
     return names
 
-# %% ../nbs/E0_data_sets.ipynb #04383cd3
+# %% ../nbs/E0_data_sets.ipynb #ccf480fb
 def make_gsm_symbolic(out: str | Path, sizes: dict[str, int] = SYMBOLIC_SIZES) -> Counter:
     """Generate the splits into `out/{train,test,heldout}.jsonl` with SHA256SUMS; the counts of kept and rejected items.
 
@@ -158,11 +167,11 @@ def make_gsm_symbolic(out: str | Path, sizes: dict[str, int] = SYMBOLIC_SIZES) -
     splits, counts = symbolic_splits(sizes)
     for name, records in splits.items():
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_text(Path(out) / f"{name}.jsonl", "".join(lines))
+        _write(Path(out) / f"{name}.jsonl", "".join(lines))
     write_sums(out, [f"{name}.jsonl" for name in splits])
     return counts
 
-# %% ../nbs/E0_data_sets.ipynb #baef0a8d
+# %% ../nbs/E0_data_sets.ipynb #8734a417
 @dataclass(frozen=True)
 class Source:
     """One file on the hub: where, its SHA-256, and `sha256_out` of the JSON lines made from it, if known."""
@@ -172,7 +181,7 @@ class Source:
     sha256: str
     sha256_out: str | None = None
 
-# %% ../nbs/E0_data_sets.ipynb #a6733c38
+# %% ../nbs/E0_data_sets.ipynb #9224e455
 _GSM8K = ("openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866")
 _MATH = ("DigitalLearningGmbH/MATH-lighteval", "0530c78699ea5e8eb5530600900e1f328b48acad")
 SOURCES: dict[str, dict[str, Source]] = {
@@ -192,7 +201,7 @@ SOURCES: dict[str, dict[str, Source]] = {
         "test": Source("HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", "test.jsonl",
                        "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132")}}
 
-# %% ../nbs/E0_data_sets.ipynb #92bdf61a
+# %% ../nbs/E0_data_sets.ipynb #1e3718f3
 def _hub_file(source: Source, force: bool = False) -> Path:
     "The file in huggingface_hub's cache; a partial download goes on where it stopped."
     from huggingface_hub import hf_hub_download
@@ -202,10 +211,11 @@ def _hub_file(source: Source, force: bool = False) -> Path:
                                     force_download=force))
     except Exception as e:  # the hub raises many kinds; all of them mean that the file did not come
         raise DataMissing(
-            f"could not download {source.file} of {source.repo} ({type(e).__name__}: {e}).\nThree ways on: run the command "
-            "again; set CS336_DATA to a folder that has the files; pass a file's path instead of the set's name") from e
+            f"could not download {source.file} of {source.repo} ({type(e).__name__}: {e}).\nThree ways on: run the "
+            "command again; set CS336_DATA to a folder that has the files; pass a file's path instead of the set's "
+            "name") from e
 
-
+# %% ../nbs/E0_data_sets.ipynb #74962bae
 def _parquet_rows(path: Path) -> list[dict]:
     "The rows of a parquet file; pyarrow is needed for this only."
     try:
@@ -214,7 +224,7 @@ def _parquet_rows(path: Path) -> list[dict]:
         raise DataMissing("this set comes as parquet: run `uv pip install pyarrow`, then this command again") from None
     return pyarrow.parquet.read_table(path).to_pylist()
 
-# %% ../nbs/E0_data_sets.ipynb #0382b2d1
+# %% ../nbs/E0_data_sets.ipynb #0c55e57f
 def _has_answer(row: dict) -> bool:
     "False for the few rows of MATH whose last box is empty."
     try:
@@ -231,7 +241,7 @@ def _is_good(path: Path, source: Source) -> bool:
     line = f"{file_sha256(path)}  {path.name}"
     return line.startswith(source.sha256_out or "none") or (sums.is_file() and line in sums.read_text().splitlines())
 
-# %% ../nbs/E0_data_sets.ipynb #7221c4e2
+# %% ../nbs/E0_data_sets.ipynb #76d513ec
 def _get_split(source: Source, out: Path, fetch: Callable[..., Path], force: bool) -> str:
     "Fetch, verify, convert, write atomically; what happened, in words. A file already there survives every failure."
     fetched = fetch(source, force)
@@ -240,13 +250,13 @@ def _get_split(source: Source, out: Path, fetch: Callable[..., Path], force: boo
                         f"download is damaged or was changed. Run again with --force. {out} is as it was")
     rows = read_jsonl(fetched) if fetched.suffix == ".jsonl" else _parquet_rows(fetched)
     good = [row for row in rows if _has_answer(row)]
-    write_text(out, "".join(json.dumps(row) + "\n" for row in good))
+    _write(out, "".join(json.dumps(row) + "\n" for row in good))
     note = f"{out}: {len(good):,} problems" + (f", {len(rows) - len(good)} without an answer left out" * (good != rows))
     if source.sha256_out and file_sha256(out) != source.sha256_out:
         note += "; NOTE: not the bytes of the original JSON lines, though the source is the pinned one"
     return note
 
-# %% ../nbs/E0_data_sets.ipynb #28ad1858
+# %% ../nbs/E0_data_sets.ipynb #dbc68c0f
 def get(name: str, out: str | Path | None = None, fetch: Callable[..., Path] = _hub_file,
         force: bool = False) -> list[str]:
     """Download a set of SOURCES to `out` (default: the first of `data_folders`, then `/name`); one line per split.
@@ -266,19 +276,21 @@ def get(name: str, out: str | Path | None = None, fetch: Callable[..., Path] = _
     write_sums(folder, [f"{split}.jsonl" for split in SOURCES[name]])
     return notes
 
-# %% ../nbs/E0_data_sets.ipynb #7402091c
+# %% ../nbs/E0_data_sets.ipynb #ca7ef195
 app = typer.Typer(add_completion=False, help="Get, make and verify the problem sets.")
 
 
 @app.command("get")
+@told()
 def get_command(name: str = typer.Argument(help="gsm8k, math or math500"),
                 out: Path = typer.Option(None, help="folder to write to; default: $CS336_DATA/NAME or data/NAME"),
                 force: bool = typer.Option(False, help="download again even if the files are there")) -> None:
     """Download a set from the Hugging Face hub at its pinned revision, and verify it."""
     print(*get(name, out, force=force), sep="\n")
 
-# %% ../nbs/E0_data_sets.ipynb #eab46a9b
+# %% ../nbs/E0_data_sets.ipynb #944252b6
 @app.command("make")
+@told()
 def make_command(name: str = typer.Argument(help="gsm_symbolic"),
                  out: Path = typer.Option(None, help="folder to write to; default: data/gsm_symbolic")) -> None:
     """Generate a set from code; the shipped bytes come out again."""
@@ -291,18 +303,11 @@ def make_command(name: str = typer.Argument(help="gsm_symbolic"),
 
 
 @app.command("verify")
+@told()
 def verify_command(folder: Path) -> None:
     """Check the files of a folder against its SHA256SUMS."""
     print(*(f"{name}: OK" for name in verify_sums(folder)), sep="\n")
 
-# %% ../nbs/E0_data_sets.ipynb #cdbe4ac5
-def main() -> None:
-    """The command line; errors about data are printed without a traceback, with exit status 1."""
-    try:
-        app()
-    except (DataError, DataMissing) as e:
-        sys.exit(f"error: {e}")
-
-# %% ../nbs/E0_data_sets.ipynb #cdf94446
+# %% ../nbs/E0_data_sets.ipynb #635565f6
 if __name__ == "__main__" and "__file__" in globals():
-    main()
+    app()

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,18 +14,23 @@ from cs336_alignment.data import (DataError, DataMissing, _trace_problem, gsm8k_
 BARE = {  # \boxed without braces
     r"$\boxed 3.5$": "3.5", r"\boxed\frac{1}{2}": r"\frac{1}{2}",
     r"$\boxed 2$.": "2", r"$\boxed -3.25$, so": "-3.25", r"$\boxed .5$.": ".5", r"so \boxed 1,234.": "1,234",
-    r"\boxed 7 apples": "7", r"\boxed 7, and then": "7", r"\boxed 7. Then": "7", r"$\boxed 5!$": "5!", r"{\boxed 5}": "5",
-    r"$\boxed 2\%$": r"2\%", r"$\boxed\$5$": r"\$5", r"$\boxed 5\,$": r"5\,", r"$\boxed 2 \text{ cm}$": r"2 \text{ cm}",
-    r"$\boxed A$": "A", r"$\boxed xy$": "xy", r"$\boxed x^2$": "x^2", r"$\boxed ab+1$": "ab+1", r"$\boxed (1, 2)$": "(1, 2)",
-    r"\boxed\frac12": r"\frac12", r"$\boxed\frac 1 2$": r"\frac 1 2", r"\boxed\sqrt{2}": r"\sqrt{2}",
+    r"\boxed 7 apples": "7", r"\boxed 7, and then": "7", r"\boxed 7. Then": "7", r"$\boxed 5!$": "5!",
+    r"{\boxed 5}": "5", r"$\boxed 2\%$": r"2\%", r"$\boxed\$5$": r"\$5", r"$\boxed 5\,$": r"5\,",
+    r"$\boxed 2 \text{ cm}$": r"2 \text{ cm}",
+    r"$\boxed A$": "A", r"$\boxed xy$": "xy", r"$\boxed x^2$": "x^2", r"$\boxed ab+1$": "ab+1",
+    r"$\boxed (1, 2)$": "(1, 2)", r"\boxed\frac12": r"\frac12", r"$\boxed\frac 1 2$": r"\frac 1 2",
+    r"\boxed\sqrt{2}": r"\sqrt{2}",
     r"\boxed\sqrt[3]{2}.": r"\sqrt[3]{2}", r"so \boxed\frac{1}{2} is": r"\frac{1}{2}", r"$\boxed\pi r^2$": r"\pi r^2",
     r"$x=\boxed\dfrac{\sqrt{3}}{2}$ cm": r"\dfrac{\sqrt{3}}{2}", r"\boxed\text{(A)} is right": r"\text{(A)}",
-    r"$\boxed\frac{1}{\frac{1}{\sqrt{2}}}$": r"\frac{1}{\frac{1}{\sqrt{2}}}", r"\(\boxed 4\)": "4", r"\[\boxed 4\]": "4",
-    r"$\boxed\left(1,\frac{2}{3}\right)$": r"\left(1,\frac{2}{3}\right)", r"\begin{align*}\boxed 4\end{align*}": "4",
+    r"$\boxed\frac{1}{\frac{1}{\sqrt{2}}}$": r"\frac{1}{\frac{1}{\sqrt{2}}}", r"\(\boxed 4\)": "4",
+    r"\[\boxed 4\]": "4", r"$\boxed\left(1,\frac{2}{3}\right)$": r"\left(1,\frac{2}{3}\right)",
+    r"\begin{align*}\boxed 4\end{align*}": "4",
     r"\begin{align*}x&=\boxed 4\\&=4\end{align*}": "4"}
 PROSE = [r"\boxed{5}. It is in \boxed form", r"\boxed{5}. It is in \boxed form.", r"$\boxed{5}$. Write it in a \boxed.",
-         r"$\boxed{5}$, in \boxed", r"\boxed{5} as \boxed a box", r"\boxed{5}. \boxedtext", r"\boxed{5}. The \boxed-form",
-         r"\boxed{5}, in \boxed (see above)", r"\boxed{5}, see \fbox{6}", "\\boxed{5}, in \\boxed\nform", r"$\boxed 5$ in \boxed it"]
+         r"$\boxed{5}$, in \boxed", r"\boxed{5} as \boxed a box", r"\boxed{5}. \boxedtext",
+         r"\boxed{5}. The \boxed-form",
+         r"\boxed{5}, in \boxed (see above)", r"\boxed{5}, see \fbox{6}", "\\boxed{5}, in \\boxed\nform",
+         r"$\boxed 5$ in \boxed it"]
 BRACES = {r"so $\boxed{\frac{1}{2}}$.": r"\frac{1}{2}", r"$\boxed{1}$, no: $\boxed{ x^{2^{n}} }$": r"x^{2^{n}}",
           "\\boxed\n{7}": "7", r"\boxed {7}": "7", r"\boxed{\{1,2\}}": r"\{1,2\}", r"\fbox{6}": "6",
           r"\boxed{\frac{\sqrt{\frac{1}{\sqrt{2}}}}{3}}": r"\frac{\sqrt{\frac{1}{\sqrt{2}}}}{3}"}
@@ -48,15 +52,18 @@ def test_no_box_no_gold(text):
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("text", [
-    "\\boxed " * 20_000, "\\boxed 1" * 20_000, "\\boxed{" * 20_000, "\\boxed " + "{" * 50_000, "\\boxed 1" + " " * 50_000 + "1",
+    "\\boxed " * 20_000, "\\boxed 1" * 20_000, "\\boxed{" * 20_000, "\\boxed " + "{" * 50_000,
+    "\\boxed 1" + " " * 50_000 + "1",
     "\\boxed 1" + ".," * 30_000 + "x", "\\boxed 1" + "{a" * 50 + "}" * 20 + "{" * 5_000, "\\boxed " + "\\" * 50_000])
 def test_long_text_takes_no_time(text):
     last_boxed(text)
 
 
-COMMAS = {"1,080": "1080", "-1,080": "-1080", "$1,234,567": "$1234567", "12,345.67": "12345.67", "1,080 dollars": "1080 dollars",
+COMMAS = {"1,080": "1080", "-1,080": "-1080", "$1,234,567": "$1234567", "12,345.67": "12345.67",
+          "1,080 dollars": "1080 dollars",
           "1,2,3": "1,2,3", "12,34": "12,34", "1,00,000": "1,00,000", "1,0000": "1,0000", "1,234,5": "1,234,5",
-          "0,123": "0,123", "(1,2)": "(1,2)", "1, 2, 3": "1, 2, 3", "1,000, 2,000": "1000, 2000", "1080": "1080", "2.5": "2.5"}
+          "0,123": "0,123", "(1,2)": "(1,2)", "1, 2, 3": "1, 2, 3", "1,000, 2,000": "1000, 2000",
+          "1080": "1080", "2.5": "2.5"}
 
 
 @pytest.mark.parametrize("written, gold", COMMAS.items())
@@ -66,14 +73,16 @@ def test_only_commas_between_thousands_go(written, gold):
 
 
 # JSON as it stands in the file, because Python's json writes some of these as something else
-VALUES = ["NaN", "Infinity", "-Infinity", "1e999", "true", "false", "[5]", '{"value": 5}', '"\\ud800"', '"5\\udc00"', '"nan"', '"NaN"',
+VALUES = ["NaN", "Infinity", "-Infinity", "1e999", "true", "false", "[5]", '{"value": 5}', '"\\ud800"', '"5\\udc00"',
+          '"nan"', '"NaN"',
           '""', '"  "', "9" * 5_000, '"' + "9" * 5_000 + '"', "-" + "9" * 4_301, "[" * 200_000 + "]" * 200_000]
 FORMATS = {  # a record with the gold left open, and the reader
     "math answer": ('{"problem": "?", "answer": GOLD}', read_math),
     "math expected_answer": ('{"problem": "?", "expected_answer": GOLD, "answer": "5"}', read_math),
     "math solution": ('{"problem": "?", "solution": GOLD}', read_math),
     "gsm8k": ('{"question": "?", "answer": GOLD}', read_gsm8k),
-    "trace": ('{"problem": "?", "reasoning_trace": "x</think> <answer>5</answer>", "expected_answer": GOLD}', read_traces),
+    "trace": ('{"problem": "?", "reasoning_trace": "x</think> <answer>5</answer>", "expected_answer": GOLD}',
+              read_traces),
     "prompt trace": ('{"prompt": "?", "response": "5", "ground_truth": GOLD}', read_traces)}
 
 
@@ -81,7 +90,8 @@ FORMATS = {  # a record with the gold left open, and the reader
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: value[:12])
 def test_values_that_are_no_gold_are_refused_in_their_line(tmp_path, value, record, read):
     file = tmp_path / "set.jsonl"
-    file.write_text(record.replace("GOLD", json.dumps("#### 5 \\boxed{5}")) + "\n\n" + record.replace("GOLD", value) + "\n")
+    good = record.replace("GOLD", json.dumps("#### 5 \\boxed{5}"))
+    file.write_text(f"{good}\n\n{record.replace('GOLD', value)}\n")
     with pytest.raises(DataError) as error:
         read(file)
     assert f"{file}:3: " in str(error.value) and len(str(error.value)) < 400
@@ -106,11 +116,13 @@ def test_numbers_from_python_are_refused_too():
             math_problem({"problem": "?", "answer": number}, "f:3")
 
 
-@pytest.mark.parametrize("value, gold", {"5": "5", "2.5": "2.5", "-0": "0", '"\\ud83d\\ude00"': "😀", "null": "7", "1e3": "1000.0",
-                                         "9" * 4_000: "9" * 4_000, '"none"': "none", '"\\\\infty"': "\\infty"}.items())
+@pytest.mark.parametrize("value, gold", {
+    "5": "5", "2.5": "2.5", "-0": "0", '"\\ud83d\\ude00"': "😀", "null": "7", "1e3": "1000.0", '"none"': "none",
+    "9" * 4_000: "9" * 4_000, '"\\\\infty"': "\\infty"}.items(), ids=lambda text: text[:12])
 def test_what_stays_accepted(tmp_path, value, gold):
     file = tmp_path / "set.jsonl"
-    file.write_text('{"problem": "?", "answer": VALUE, "solution": "\\\\boxed{7}", "level": NaN}'.replace("VALUE", value))
+    record = '{"problem": "?", "answer": VALUE, "solution": "\\\\boxed{7}", "level": NaN}'
+    file.write_text(record.replace("VALUE", value))
     assert [p.ground_truth for p in read_problems(file)] == [gold]
 
 
@@ -137,15 +149,17 @@ def test_half_a_character_elsewhere():
         _trace_problem({"problem": half, "reasoning_trace": "x", "expected_answer": "5"})
 
 
-@pytest.mark.parametrize("bad, says", {"[" * 200_000: "nested too deeply", '{"a":' * 200_000: "nested too deeply",
-                                       "9" * 5_000: "more digits", '{"a": 1': "not valid JSON", "{'a': 1}": "not valid JSON"}.items(),
-                         ids=["brackets", "objects", "digits", "unclosed", "quotes"])
+BROKEN = {"brackets": ("[" * 200_000 + "]" * 200_000, "nested too deeply"), "digits": ("9" * 5_000, "more digits"),
+          "objects": ('{"a":' * 200_000 + "1" + "}" * 200_000, "nested too deeply"),
+          "unclosed": ('{"a": 1', "not valid JSON"), "quotes": ("{'a': 1}", "not valid JSON")}
+
+
+@pytest.mark.parametrize("bad, says", BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("array", [False, True])
 def test_broken_json_says_where(tmp_path, bad, says, array):
     file = tmp_path / "set.json"
     good = '{"problem": "?", "answer": 5}'
-    closed = bad + "]" * bad.count("[") + "1" * bad.count('":') + "}" * (bad.count("{") if len(bad) > 999 else 0)
-    file.write_text(f"[{good},\n{good},\n{closed},\n{good}]" if array else f"{good}\n{good}\n{closed}\n")
+    file.write_text(f"[{good},\n{good},\n{bad},\n{good}]" if array else f"{good}\n{good}\n{bad}\n")
     for read in (read_records, read_jsonl, read_problems)[::2 if array else 1]:
         with pytest.raises(DataError, match=says) as error:
             read(file)
@@ -172,3 +186,40 @@ def test_an_array_says_the_item(tmp_path):
 def test_a_missing_file(tmp_path):
     with pytest.raises(DataMissing, match="no such file"):
         read_problems(tmp_path / "no.jsonl")
+
+
+def command(*args):
+    env = os.environ | {"PYTHONPATH": str(repo_root()), "NO_COLOR": "1", "COLUMNS": "100"}
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("module", ["data", "data_sets"])
+def test_commands_by_both_names(module, tmp_path):
+    run = lambda *args: command("-m", f"cs336_alignment.{module}", *args)
+    shipped = str(repo_root() / "data" / "gsm_symbolic")
+    done = run("verify", shipped)
+    assert (done.returncode, done.stdout) == (0, "train.jsonl: OK\ntest.jsonl: OK\nheldout.jsonl: OK\n")
+    for wrong in (["verify", str(tmp_path)], ["get", "gsm9k"], ["make", "gsm8k"], ["verify"], ["gets"]):
+        done = run(*wrong)
+        assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
+        assert wrong in (["verify"], ["gets"]) or (done.stderr.startswith("error: ") and done.stderr.count("\n") == 1)
+    assert "No such command 'gets'" in run("gets").stderr
+
+
+def test_the_module_runs_as_a_script_file(tmp_path):
+    for module in ("data", "data_sets"):
+        done = command(str(repo_root() / "cs336_alignment" / f"{module}.py"), "verify", str(tmp_path))
+        assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'SHA256SUMS'}: no such file\n")
+
+
+def test_help_does_not_wait_for_torch():
+    done = command("-X", "importtime", "-m", "cs336_alignment.data", "--help")
+    assert done.returncode == 0 and "verify" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "typer" in imported and not {"torch", "transformers", "huggingface_hub", "pyarrow"} & imported
+
+
+def test_names_of_models_come_without_torch():
+    done = command("-c", "import sys\nfrom cs336_alignment.models import TRACKS, load_policy, trained_policies\n"
+                         "trained_policies(); print({'torch', 'transformers', 'tokenizers'} & set(sys.modules))")
+    assert done.stdout == "set()\n"
