@@ -8,9 +8,9 @@ Per variant: tokens/s (prompt and response tokens, padding not counted), MFU, pe
     6 · (parameters of the decoder layers) · tokens                  forward 2, backward 4, per weight and token
   + 6 · vocabulary · hidden · (positions that have logits)         literal loop: all; packed: response tokens
   + 6 · layers · heads · head size · Σ n²                            causal attention over examples of n tokens
-with padding and recomputation not counted. At micro-batch 2 the literal loop is timed on a part of the rows (`rows`): its
-tokens/s are of that part. A setting that is in the file already is kept unless it is measured again. A variant that fails
-is reported, the others still run, and the exit code is 1. Without a GPU nothing is measured: refused with exit code 2.
+with padding and recomputation not counted. At micro-batch 2 the literal loop is timed on a part of the rows (`rows`):
+its tokens/s are of that part. A setting that is in the file already is kept unless it is measured again. A variant that
+fails is reported, the others still run, and the exit code is 1. Without a GPU nothing is measured: refused, exit code 2.
 """
 import argparse
 import json
@@ -302,12 +302,14 @@ def course(small: bool, steps: int, peak: float) -> dict:
 
 def failures(name: str, setting: dict) -> list[str]:
     """What failed in a setting: the setting itself, its agreement, or variants."""
-    parts = {"": setting, "agreement": setting.get("agreement", {})} | {v["variant"]: v for v in setting.get("variants", [])}
+    variants = {v["variant"]: v for v in setting.get("variants", [])}
+    parts = {"": setting, "agreement": setting.get("agreement", {})} | variants
     return [", ".join(filter(None, (name, part))) for part, row in parts.items() if "error" in row]
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measures the settings, prints a table, writes after each, so that a stopped run leaves the first. 1: a part failed."""
+    """Measures the settings, prints a table, writes after each, so that a stopped run leaves the first. Returns 1 if a part
+    failed, else 0."""
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
     peak = matrix_peak(512 if options.small else 8192)
     gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU"

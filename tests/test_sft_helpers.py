@@ -174,10 +174,45 @@ def test_microbatch_step_matches_numpy(constant):
     close(metadata["mean_log_prob"], np.mean(lp.detach().numpy()[mask.numpy()]))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_literal_gradients_do_not_depend_on_the_micro_batch(size):
+    model, examples = tiny(), random_examples(6)
+    expected_loss, expected, _ = padded_gradient(model, examples, [1 / (6 * 3.0)] * 6)
+    rows = [e.prompt_ids for e in examples], [e.response_ids for e in examples]
+    close(S.literal_gradients(model, *rows, size, normalize_constant=3.0), expected_loss)
+    close(gradient(model), expected)
+    with pytest.raises(ValueError, match="6 rows are no multiple of micro_batch_size=4"):
+        S.literal_gradients(model, *rows, 4)
+
+
 def test_microbatch_step_survives_nan_under_the_mask():
     lp = torch.tensor([[-1.0, torch.nan]], requires_grad=True)
     loss, _ = S.sft_microbatch_train_step(lp, torch.tensor([[True, False]]), 1)
     assert loss == 1 and lp.grad.tolist() == [[-1, 0]]
+
+
+# --- responses that end
+
+def test_examples_end_with_eos_once_if_asked():
+    tok = tokenizer(pad_token="<pad>", eos_token="<eos>")
+    plain = P.make_examples(["ab", "a"], ["cd", ""], tok)
+    assert [e.response_ids for e in plain] == [[4, 5], []]
+    examples = P.make_examples(["ab", "a", "b"], ["cd", "", "c<eos>"], tok, end=True)
+    assert [e.response_ids for e in examples] == [[4, 5, 1], [1], [4, 1]]
+    assert [e.prompt_ids for e in examples] == [[2, 3], [2], [3]]
+    assert plain == P.make_examples(["ab", "a"], ["cd", ""], tok, end=False)
+
+
+def test_without_eos_no_response_can_end():
+    tok = tokenizer(pad_token="<pad>")
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        P.make_examples(["a"], ["b"], tok, end=True)
+    assert P.make_examples(["a"], ["b"], tok)[0].response_ids == [3]
+
+
+def test_the_handouts_helper_adds_no_eos():
+    out = S.tokenize_prompt_and_output(["ab"], ["cd"], tokenizer(pad_token="<pad>", eos_token="<eos>"))
+    assert out["labels"].tolist() == [[3, 4, 5]]
 
 
 # --- the fast path
@@ -279,8 +314,8 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_train_step_equals_the_handouts_loop():
     model, examples = tiny(), random_examples(8)
-    literal, packed = copy.deepcopy(model), copy.deepcopy(model)
-    optimizers = [P.make_optimizer(m, 1e-2) for m in (literal, packed)]
+    literal, packed, loop = (copy.deepcopy(model) for _ in range(3))
+    optimizers = [P.make_optimizer(m, 1e-2) for m in (literal, packed, loop)]
     for step in range(3):
         for s in range(0, 8, 2):
             pair = examples[s:s + 2]
@@ -295,8 +330,12 @@ def test_train_step_equals_the_handouts_loop():
         batch = P.sft_examples(examples, 5.0)
         metrics = P.train_step(packed, optimizers[1], batch, P.sft_loss, max_tokens=30)
         close(metrics["grad_norm"], norm.item())
-    for p, q in zip(literal.parameters(), packed.parameters()):
+        rows = [e.prompt_ids for e in examples], [e.response_ids for e in examples]
+        close(S.literal_step(loop, optimizers[2], *rows, 2, normalize_constant=5.0), metrics["loss"], 1e-8)
+        assert all(p.grad is None for p in loop.parameters())
+    for p, q, r in zip(literal.parameters(), packed.parameters(), loop.parameters()):
         close(p.detach(), q.detach(), 1e-8)
+        close(p.detach(), r.detach(), 1e-8)
 
 
 def test_the_default_weight_is_one_over_all_response_tokens():
