@@ -1,10 +1,12 @@
 """The engines on a GPU: speed against bare vLLM, replicas, weight reload, sleep, memory given back, seeds, log-probs.
 
-    python bench/engine_throughput.py [--model smollm2-135m] [--out results/bench/engine_throughput.json]
-                                      [--only bare,replicas] [--replicas 2,4,8] [--mps]
+    python bench/engine_throughput.py                          # one GPU
+    python bench/engine_throughput.py --only bare,replicas --replicas 2,4,8 --mps
+    python bench/engine_throughput.py --small --out FILE       # a smoke test on any machine with vLLM
 
-Each section runs in a process of its own: if one fails, its traceback is printed and stored, and the rest goes on.
-Results of a file that exists are kept unless a section replaces them, so that sections can be run in several calls.
+Each part runs in a process of its own: if one fails, its traceback is printed and stored, the rest goes on, and the
+exit code is 1. Results of a file that exists are kept unless a part replaces them, so that parts can be run in several
+calls. Without a GPU nothing is measured: refused with exit code 2.
 """
 import argparse
 import copy
@@ -20,35 +22,85 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ROOT / "results/bench/engine_throughput.json"
+PARTS = ["bare", "bare_own_process", "replicas", "reload_and_seeds", "step_cost", "sleep_and_close", "sleep_in_process",
+         "transformers_engine"]
+SMALL = dict(model="micro", only=["bare", "replicas", "reload_and_seeds", "transformers_engine"], prompts=4, n=2,
+             max_tokens=8, repeats=1, replicas=[2], gpu_memory_utilization=0.1)
+
+
+def parts(names: str) -> list[str]:
+    if unknown := set(names.split(",")) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    return names.split(",")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--model", default="smollm2-135m")
+    ap.add_argument("--out", type=Path, default=PUBLISHED)
+    ap.add_argument("--small", action="store_true", help="the micro model, a few tokens, the parts that need no GPU")
+    ap.add_argument("--only", type=parts, default=PARTS, help=f"of {','.join(PARTS)}")
+    ap.add_argument("--prompts", type=int, default=64)
+    ap.add_argument("--n", type=int, default=4)
+    ap.add_argument("--max-tokens", type=int, default=256)
+    ap.add_argument("--repeats", type=int, default=3)
+    ap.add_argument("--replicas", type=lambda s: [int(x) for x in s.split(",")], default=[2, 4, 8])
+    ap.add_argument("--gpu-memory-utilization", type=float, default=0.6)
+    ap.add_argument("--mps", action="store_true", help="NVIDIA's Multi-Process Service for the engines")
+    ap.add_argument("--timeout", type=int, default=240, help="seconds for one part")
+    ap.add_argument("--here", action="store_true", help="run the one part of --only in this process")
+    if "--small" in argv:
+        ap.set_defaults(**SMALL)
+    return ap.parse_args(argv)
+
+
+OPTIONS = parse(sys.argv[1:]) if __name__ == "__main__" else None  # before the slow imports: --help answers at once
+
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def refusal(options) -> str | None:
+    """Why nothing may be run with these options, in a line; None if it may."""
+    published = options.out.resolve() == PUBLISHED
+    if DEVICE == "cpu" and (published or not options.small):
+        return "no GPU here, so there is nothing to measure. For a smoke test: --small --out FILE"
+    if options.small and published:
+        return "--small measures nothing: not to be kept among the results. Name another --out"
+    return None
+
+
+if OPTIONS and (problem := refusal(OPTIONS)):  # before more slow imports
+    print(f"engine_throughput: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+from transformers import AutoConfig
+
 from cs336_alignment.data import fill_prompt, load_prompt, micro_problems
 from cs336_alignment.inference import SamplingParams, TransformersEngine, named_weights
 from cs336_alignment.models import load_policy, model_dir
 from cs336_alignment.runs import write_json
-from cs336_alignment.vllm_engine import (VLLMEngine, environment_variables, multi_process_service, vllm_args, vllm_cleanup,
-                                         vllm_version)
-
-SECTIONS = {}
-
-
-def section(function):
-    SECTIONS[function.__name__] = function
-    return function
+from cs336_alignment.vllm_engine import (VLLMEngine, environment_variables, forget_prefixes, multi_process_service,
+                                         vllm_args, vllm_cleanup, vllm_version)
 
 
 def gpu_used_gib() -> float:
-    """Memory in use on the first GPU, by all processes."""
+    """Memory in use on the first GPU, by all processes; 0 without a GPU."""
+    if DEVICE == "cpu":
+        return 0.0
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 2**30
 
 
 def timed(function, *args, **kwargs):
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
     value = function(*args, **kwargs)
@@ -56,8 +108,10 @@ def timed(function, *args, **kwargs):
     return value, time.perf_counter() - start
 
 
-def make_prompts(n: int) -> list[str]:
-    """The r1_zero prompt over n short questions: about the length of a GSM8K prompt."""
+def make_prompts(n: int, model: str) -> list[str]:
+    """The r1_zero prompt over n short questions: about the length of a GSM8K prompt. The micro model has its own."""
+    if model == "micro":
+        return [fill_prompt(load_prompt("micro"), p.question) for p in micro_problems(n, seed=0)]
     words = "A shop sells {} apples in the morning. How many does it sell in all if the parts of the day add up as {}"
     template = load_prompt("r1_zero")
     return [fill_prompt(template, words.format(i + 2, p.question)) for i, p in enumerate(micro_problems(n, seed=0))]
@@ -66,7 +120,7 @@ def make_prompts(n: int) -> list[str]:
 class Bench:
     def __init__(self, options):
         self.options, self.model = options, str(model_dir(options.model))
-        self.prompts = make_prompts(options.prompts)
+        self.prompts = make_prompts(options.prompts, options.model)
         self.fixed = SamplingParams(n=options.n, max_tokens=options.max_tokens, stop=(), ignore_eos=True, logprobs=None)
         self.natural = SamplingParams(n=options.n, max_tokens=options.max_tokens, min_tokens=4, logprobs=None)
         self.seeded = replace(self.natural, seed=0, logprobs=0)
@@ -78,7 +132,9 @@ class Bench:
         write_json(self.options.out, dict(summary=self.summary, tokens_per_s=self.rates, failed=self.failed))
 
     def engine(self, **options) -> VLLMEngine:
-        return VLLMEngine(self.options.model, **dict(gpu_memory_utilization=self.memory, max_model_len=2048) | options)
+        context = min(2048, AutoConfig.from_pretrained(self.model).max_position_embeddings)
+        usual = dict(gpu_memory_utilization=self.memory, max_model_len=context, enforce_eager=DEVICE == "cpu")
+        return VLLMEngine(self.options.model, **usual | options)
 
     def rate(self, name: str, engine, sampling=None) -> float:
         """Best tokens per second of `repeats` calls, after one to warm up."""
@@ -108,7 +164,6 @@ def bare_call(llm, bench, ids, logprobs=None, seeds=False):
     return llm.generate([{"prompt_token_ids": i} for i in ids], params, use_tqdm=False)
 
 
-@section
 def bare(bench):
     """(1) Bare vLLM and VLLMEngine in turns, on one vLLM engine in this process, with and without log-probs."""
     with bench.engine(in_process=True) as engine:
@@ -126,7 +181,7 @@ def bare(bench):
         bare_call(llm, bench, ids[:8])
         for turn in range(bench.options.repeats + 1):
             for name, way in ways.items():
-                llm.reset_prefix_cache()
+                forget_prefixes(llm)
                 _, t = timed(way)
                 if turn:  # the first turn warms up
                     seconds[name].append(t)
@@ -140,7 +195,6 @@ def bare(bench):
                              b / a for a, b in zip(seconds[ours], seconds[theirs]))})
 
 
-@section
 def bare_own_process(bench):
     """(1b) vLLM's default: its engine core in a process of its own."""
     from vllm import LLM
@@ -158,10 +212,9 @@ def bare_own_process(bench):
         vllm_cleanup()
 
 
-@section
 def replicas(bench):
     """(2) Several engines on the GPU; (3b) weights sent to them."""
-    model, service = load_policy(bench.options.model, device="cuda")[0], ", MPS" if bench.options.mps else ""
+    model, service = load_policy(bench.options.model, device=DEVICE)[0], ", MPS" if bench.options.mps else ""
     for count in bench.options.replicas:
         torch.cuda.empty_cache()
         engine, seconds = timed(bench.engine, replicas=count)
@@ -184,10 +237,9 @@ def replicas(bench):
     bench.put(**{"GPU memory after the replicas closed, GiB (with the model)": gpu_used_gib()})
 
 
-@section
 def reload_and_seeds(bench):
     """(3) Weight reload, (6) seeds and (7) log-probs, on one engine."""
-    model, tokenizer = load_policy(bench.options.model, device="cuda")
+    model, tokenizer = load_policy(bench.options.model, device=DEVICE)
     reference = TransformersEngine(model, tokenizer)
     greedy = SamplingParams(temperature=0, max_tokens=48, stop=())
     with bench.engine(in_process=True) as engine:
@@ -204,7 +256,7 @@ def reload_and_seeds(bench):
         after = engine.generate(bench.prompts[:32], greedy, progress=False)
         agree(bench, "the same weights reloaded: first 16 tokens equal, share", ours, after)
         kept = {name: w.clone() for name, w in named_weights(model)}
-        generator = torch.Generator("cuda").manual_seed(0)
+        generator = torch.Generator(DEVICE).manual_seed(0)
         for _, w in named_weights(model):  # all of them, the embedding too: a stale copy anywhere must show
             w += 0.1 * w.std() * torch.randn(w.shape, generator=generator, device=w.device, dtype=w.dtype)
         engine.load_weights(model)
@@ -233,7 +285,7 @@ def compare_logprobs(bench, model, completions, label=""):
     """The engine's log-probs against a forward pass in the model's dtype and one in float32."""
     exact, gaps = copy.deepcopy(model).float(), {"bf16 forward": [], "fp32 forward": []}
     for c in completions:
-        ids = torch.tensor([c.prompt_token_ids + c.token_ids], device="cuda")
+        ids = torch.tensor([c.prompt_token_ids + c.token_ids], device=DEVICE)
         for name, m in [("bf16 forward", model), ("fp32 forward", exact)]:
             logits = m(ids).logits[0, len(c.prompt_token_ids) - 1:-1].float()
             expected = logits.log_softmax(-1).gather(1, ids[0, len(c.prompt_token_ids):, None]).squeeze(1).cpu()
@@ -248,7 +300,6 @@ STEP_OPTIONS = {"vLLM's defaults": {}, "async_scheduling": {"async_scheduling": 
                 "decoding all in graphs": {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}}
 
 
-@section
 def step_cost(bench):
     """(8) Milliseconds a decoding step takes, by sequences at once and options of vLLM; one engine at a time is at work."""
     def start(options: dict) -> VLLMEngine | str:
@@ -298,22 +349,19 @@ def sleep_wake_close(bench, name: str, **options) -> None:
     bench.put(**{f"{name}: GPU memory taken after close, GiB": gpu_used_gib() - before})
 
 
-@section
 def sleep_and_close(bench):
     """(4) Sleeping and waking, (5) memory given back: two engines in processes of their own."""
     sleep_wake_close(bench, "2 replicas that can sleep", replicas=2)
 
 
-@section
 def sleep_in_process(bench):
     """(4b), (5b) The same for an engine in this process."""
     sleep_wake_close(bench, "engine in this process", in_process=True)
 
 
-@section
 def transformers_engine(bench):
     """The transformers engine, for scale."""
-    engine = TransformersEngine(bench.options.model, device="cuda")
+    engine = TransformersEngine(bench.options.model, device=DEVICE)
     prompts, bench.prompts = bench.prompts, bench.prompts[:64]
     try:
         short = replace(bench.fixed, max_tokens=min(64, bench.options.max_tokens))
@@ -323,12 +371,13 @@ def transformers_engine(bench):
         engine.close()
 
 
-def run_section(options) -> None:
-    """One section, in this process."""
-    name, bench, start = options.only, Bench(options), time.perf_counter()
-    print(f"== {name}: {SECTIONS[name].__doc__}", flush=True)
+def run_part(options) -> None:
+    """One part, in this process."""
+    [name], bench, start = options.only, Bench(options), time.perf_counter()
+    part = globals()[name]
+    print(f"== {name}: {part.__doc__}", flush=True)
     try:
-        SECTIONS[name](bench)
+        part(bench)
     except Exception:
         traceback.print_exc()
         bench.failed[name] = traceback.format_exc()[-2000:]
@@ -337,62 +386,48 @@ def run_section(options) -> None:
 
 
 def run_apart(options, name: str) -> dict:
-    """One section in a process of its own; what it stored."""
-    part = Path(options.out).with_name(f"part_{name}.json")
-    command = [sys.executable, __file__, "--only", name, "--out", str(part), "--model", options.model,
+    """One part in a process of its own; what it stored."""
+    stored_at = options.out.with_name(f"part_{name}.json")
+    command = [sys.executable, __file__, "--here", "--only", name, "--out", str(stored_at), "--model", options.model,
                "--replicas", ",".join(map(str, options.replicas))]
-    command += ["--mps"] * options.mps
+    command += ["--mps"] * options.mps + ["--small"] * options.small
     for flag in ("prompts", "n", "max_tokens", "repeats", "gpu_memory_utilization"):
         command += [f"--{flag.replace('_', '-')}", str(getattr(options, flag))]
     try:
         with multi_process_service() if options.mps else nullcontext():
-            problem = subprocess.run([*command, "--here"], timeout=options.timeout).returncode
+            problem = subprocess.run(command, timeout=options.timeout).returncode
     except subprocess.TimeoutExpired:
         problem = f"no end after {options.timeout} s"
-    stored = json.loads(part.read_text()) if part.exists() else dict(summary={}, tokens_per_s={}, failed={})
-    part.unlink(missing_ok=True)
+    stored = json.loads(stored_at.read_text()) if stored_at.exists() else dict(summary={}, tokens_per_s={}, failed={})
+    stored_at.unlink(missing_ok=True)
     if problem:
         stored["failed"].setdefault(name, f"the process ended with: {problem}")
     return stored
 
 
-def parse():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--model", default="smollm2-135m")
-    ap.add_argument("--out", default="results/bench/engine_throughput.json")
-    ap.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
-    ap.add_argument("--prompts", type=int, default=64)
-    ap.add_argument("--n", type=int, default=4)
-    ap.add_argument("--max-tokens", type=int, default=256)
-    ap.add_argument("--repeats", type=int, default=3)
-    ap.add_argument("--replicas", type=lambda s: [int(x) for x in s.split(",")], default=[2, 4, 8])
-    ap.add_argument("--gpu-memory-utilization", type=float, default=0.6)
-    ap.add_argument("--mps", action="store_true", help="NVIDIA's Multi-Process Service for the engines")
-    ap.add_argument("--timeout", type=int, default=240, help="seconds for one section")
-    ap.add_argument("--here", action="store_true", help="run the one section of --only in this process")
-    return ap.parse_args()
-
-
-def main():
-    options = parse()
+def main(options) -> int:
+    """Runs the parts one after the other; the exit code: 1 if one failed."""
     if options.here:
-        return run_section(options)
-    out = Path(options.out)
-    result = dict(summary={}, tokens_per_s={}, failed={}) | (json.loads(out.read_text()) if out.exists() else {})
-    result |= dict(gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", vllm=vllm_version(),
+        return run_part(options)
+    failed = set()
+    result = dict(summary={}, tokens_per_s={}, failed={})
+    result |= json.loads(options.out.read_text()) if options.out.exists() else {}
+    result |= dict(gpu=torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU", vllm=vllm_version(),
                    torch=torch.__version__, model=options.model, requests=options.prompts * options.n,
-                   max_tokens=options.max_tokens)
-    for name in options.only.split(","):
+                   max_tokens=options.max_tokens, repeats=options.repeats)
+    for name in options.only:
         result["failed"].pop(name, None)
         for key, value in run_apart(options, name).items():
             result[key] |= value
+        failed |= {name} & result["failed"].keys()
         rates = result["tokens_per_s"]
         replicas = {k: v for k, v in rates.items() if "replicas" in k and "natural" not in k}
         result["summary"] |= {"best with replicas, tokens/s": max(replicas.values())} if replicas else {}
-        write_json(out, result)
+        write_json(options.out, result)
     print(json.dumps(result, indent=1))
-    print("failed sections:", sorted(result["failed"]) or "none")
+    print("failed parts:", ", ".join(sorted(failed)) or "none")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(OPTIONS))

@@ -1,36 +1,74 @@
-"""Training throughput: the handout's padded loop against `train_step` on packed rows, both in one run.
+"""Training throughput: the handout's padded loop (`literal_step`, notebook 06) against `train_step` on packed rows.
 
-    python bench/training_throughput.py             # one GPU, about three minutes
-    python bench/training_throughput.py --small     # a smoke test on any machine
+    python bench/training_throughput.py                         # one GPU, about three minutes
+    python bench/training_throughput.py --small --out FILE      # a smoke test on any machine
 
 Per variant: tokens/s (prompt and response tokens, padding not counted), MFU, peak memory, and the first step's seconds
 (compilation, warm-up). MFU = model FLOPs / seconds / the bfloat16 matrix rate measured here, where model FLOPs are
     6 · (parameters of the decoder layers) · tokens                  forward 2, backward 4, per weight and token
-  + 6 · vocabulary · hidden · (positions that have logits)         literal loop: all; fast path: response tokens
+  + 6 · vocabulary · hidden · (positions that have logits)         literal loop: all; packed: response tokens
   + 6 · layers · heads · head size · Σ n²                            causal attention over examples of n tokens
-with padding and recomputation not counted. A variant that fails is reported and the others still run.
+with padding and recomputation not counted. At micro-batch 2 the literal loop is timed on a part of the rows (`rows`): its
+tokens/s are of that part. A setting that is in the file already is kept unless it is measured again. A variant that fails
+is reported, the others still run, and the exit code is 1. Without a GPU nothing is measured: refused with exit code 2.
 """
-
+import argparse
 import json
 import math
 import platform
 import random
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ROOT / "results" / "bench" / "training_throughput.json"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--out", type=Path, default=PUBLISHED)
+    ap.add_argument("--small", action="store_true", help="tiny models, a few rows: tries the code, measures nothing")
+    ap.add_argument("--steps", type=int, default=3, choices=range(1, 101), metavar="1..100", help="timed, a variant")
+    ap.add_argument("--only", choices=["pocket", "course"], help="one of the two settings; default both")
+    return ap.parse_args(argv)
+
+
+OPTIONS = parse(sys.argv[1:]) if __name__ == "__main__" else None  # before the slow imports: --help answers at once
+
 import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def refusal(options: argparse.Namespace) -> str | None:
+    """Why nothing may be run with these options, in a line; None if it may."""
+    published = options.out.resolve() == PUBLISHED
+    if DEVICE == "cpu" and (published or not options.small):
+        return "no GPU here, so there is nothing to measure. For a smoke test: --small --out FILE"
+    if options.small and published:
+        return "--small measures nothing: not to be kept among the results. Name another --out"
+    return None
+
+
+if OPTIONS and (problem := refusal(OPTIONS)):  # before more slow imports
+    print(problem, file=sys.stderr)
+    sys.exit(2)
+
+sys.path.insert(0, str(ROOT))
+
 import transformers
-import typer
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from cs336_alignment import packing as P, sft_helper as S
 from cs336_alignment.data import fill_prompt, load_problems, load_prompt, teacher_response
 from cs336_alignment.models import load_policy
+from cs336_alignment.runs import environment
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QWEN_1_5B = dict(vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
                  num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True)
 TINY = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -78,20 +116,8 @@ def random_examples(n: int, lengths: Callable[[random.Random], tuple[int, int]],
 
 # --- the two loops
 
-def literal_step(model: PreTrainedModel, optimizer, examples: list[P.Example], micro_batch: int) -> None:
-    """The handout's loop: padded micro-batches, logits at every position, one optimizer step."""
-    groups = [examples[i:i + micro_batch] for i in range(0, len(examples), micro_batch)]
-    for group in groups:
-        rows = [[*e.prompt_ids, *e.response_ids] for e in group]
-        longest = max(map(len, rows))
-        ids = torch.tensor([r + [0] * (longest - len(r)) for r in rows], device=DEVICE)
-        at = torch.arange(1, longest)
-        mask = torch.stack([(at >= len(e.prompt_ids)) & (at < len(r)) for e, r in zip(group, rows)]).to(DEVICE)
-        lp = S.get_response_log_probs(model, ids[:, :-1], ids[:, 1:], return_token_entropy=False)["log_probs"]
-        S.sft_microbatch_train_step(lp, mask, len(groups))
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def padded_step(model: PreTrainedModel, optimizer, examples: list[P.Example], micro_batch: int) -> None:
+    S.literal_step(model, optimizer, [e.prompt_ids for e in examples], [e.response_ids for e in examples], micro_batch)
 
 
 def fast_step(model: PreTrainedModel, optimizer, examples: list[P.Example], max_tokens: int, max_logits: int) -> None:
@@ -125,7 +151,7 @@ def measure(name: str, model: PreTrainedModel, step: Callable, examples: list[P.
         seconds.append(time.perf_counter() - start)
     best, tokens = min(seconds[2:]), sum(map(len, examples))
     row = {"variant": name, "tokens_per_s": tokens / best, "step_s": best, "step_s_all": seconds[2:],
-           "first_step_s": seconds[0], "tokens_per_step": tokens,
+           "first_step_s": seconds[0], "tokens_per_step": tokens, "rows": len(examples),
            "mfu": model_flops(model, examples, logits_everywhere) / best / peak}
     if DEVICE == "cuda":
         row |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9,
@@ -174,7 +200,7 @@ def compare(build: Callable[[torch.dtype], PreTrainedModel], examples: list[P.Ex
     rows, half = [], torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
     def literal(size: int, n: int) -> dict:
-        step = partial(literal_step, micro_batch=size)
+        step = partial(padded_step, micro_batch=size)
         return measure(f"literal, micro-batch {size}", build(half), step, examples[:n], steps, peak, True)
 
     def fast(compiled: bool) -> dict:
@@ -194,26 +220,38 @@ def compare(build: Callable[[torch.dtype], PreTrainedModel], examples: list[P.Ex
 # --- is it right on this device?
 
 def agreement(build: Callable[[torch.dtype], PreTrainedModel], examples: list[P.Example]) -> dict:
-    """Log-probs and gradients of the fast path against single rows in float32, and against itself cut differently."""
+    """Log-probs and gradients of packed rows against single rows in float32, against themselves cut differently, and,
+    to tell packing from precision, of single rows in the packed rows' precision against float32."""
     model = build(torch.float32)
     batch, size = P.sft_examples(examples, 1.0), sum(map(len, examples))
 
-    def fast_gradient(max_tokens: int) -> torch.Tensor:
+    def packed_gradient(max_tokens: int) -> torch.Tensor:
         P.accumulate_gradients(model, batch, P.sft_loss, max_tokens)
         return take_gradient(model)
 
-    whole, cut = fast_gradient(size), fast_gradient(max(max(map(len, examples)), size // 3))
-    fast = torch.cat([lp for lp, _ in P.packed_log_probs(model, examples)])
-    reference = []
-    for e in examples:  # one row at a time: no padding, no packing, float32
-        ids = torch.tensor([[*e.prompt_ids, *e.response_ids]], device=DEVICE)
-        lp = S.get_response_log_probs(model, ids[:, :-1], ids[:, 1:])["log_probs"][:, -len(e.response_ids):]
-        (-lp.sum() / len(examples)).backward()
-        reference.append(lp[0].detach())
-    exact, off = take_gradient(model), (fast - torch.cat(reference)).abs()
+    def single_rows(precision) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs = []
+        for e in examples:  # one row at a time: no padding, no packing
+            ids = torch.tensor([[*e.prompt_ids, *e.response_ids]], device=DEVICE)
+            with precision:
+                lp = S.get_response_log_probs(model, ids[:, :-1], ids[:, 1:])["log_probs"][:, -len(e.response_ids):]
+            (-lp.sum() / len(examples)).backward()
+            log_probs.append(lp[0].detach())
+        return torch.cat(log_probs), take_gradient(model)
+
+    def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+        return ((a - b).norm() / b.norm()).item()
+
+    whole, cut = packed_gradient(size), packed_gradient(max(max(map(len, examples)), size // 3))
+    packed = torch.cat([lp for lp, _ in P.packed_log_probs(model, examples)])
+    reference, exact = single_rows(nullcontext())
+    rounded, rounded_gradient = single_rows(P.mixed_precision(model))
+    off = (packed - reference).abs()
     return {"log_prob_mean_abs_difference": off.mean().item(), "log_prob_max_abs_difference": off.max().item(),
-            "gradient_relative_difference": ((whole - exact).norm() / exact.norm()).item(),
-            "gradient_relative_difference_between_cuts": ((whole - cut).norm() / whole.norm()).item(),
+            "gradient_relative_difference": relative(whole, exact),
+            "gradient_relative_difference_between_cuts": relative(cut, whole),
+            "single_rows_in_compute_dtype": {"log_prob_mean_abs_difference": (rounded - reference).abs().mean().item(),
+                                             "gradient_relative_difference": relative(rounded_gradient, exact)},
             "compute_dtype": str(P.compute_dtype(model))}
 
 
@@ -262,28 +300,37 @@ def course(small: bool, steps: int, peak: float) -> dict:
     return {"data": "random tokens", "rows_per_step": len(examples), "variants": rows}
 
 
-def main(out: Path = Path("results/bench/training_throughput.json"), small: bool = False, steps: int = 3,
-         only: str = typer.Option("", help="pocket or course; default both")) -> None:
-    """Measures both settings, prints a table, writes JSON after each, so that a stopped run leaves the first."""
-    peak = matrix_peak(512 if small else 8192)
+def failures(name: str, setting: dict) -> list[str]:
+    """What failed in a setting: the setting itself, its agreement, or variants."""
+    parts = {"": setting, "agreement": setting.get("agreement", {})} | {v["variant"]: v for v in setting.get("variants", [])}
+    return [", ".join(filter(None, (name, part))) for part, row in parts.items() if "error" in row]
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measures the settings, prints a table, writes after each, so that a stopped run leaves the first. 1: a part failed."""
+    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    peak = matrix_peak(512 if options.small else 8192)
     gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU"
-    result = {"gpu": gpu, "torch": torch.__version__, "transformers": transformers.__version__,
-              "matrix_peak_tflops": peak / 1e12, "small": small}
+    machine = {"gpu": gpu, "torch": torch.__version__, "transformers": transformers.__version__,
+               "matrix_peak_tflops": peak / 1e12, "commit": environment()["commit"]}
     print(f"{gpu}, torch {torch.__version__}, bfloat16 matrix peak {peak / 1e12:,.1f} TFLOP/s")
+    failed = []
     for name, setting in {"pocket": pocket, "course": course}.items():
-        if only in ("", name):
+        if options.only in (None, name):
             start = time.perf_counter()
             print(f"\n{name}: {setting.__doc__}")
             try:
-                result[name] = setting(small, steps, peak)
+                result[name] = machine | setting(options.small, options.steps, peak)
             except Exception as e:
                 traceback.print_exc()
-                result[name] = {"error": f"{type(e).__name__}: {e}"}
+                result[name] = machine | {"error": f"{type(e).__name__}: {e}"}
             result[name]["wall_s"] = time.perf_counter() - start
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten: {out}")
+            failed += failures(name, result[name])
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nwritten: {options.out}; failed:", "; ".join(failed) or "nothing")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main(OPTIONS))

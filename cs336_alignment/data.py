@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MICRO_SPLITS', 'HOW_TO_GET', 'Problem', 'DataError', 'DataMissing', 'repo_root', 'read_jsonl', 'read_records',
-           'gsm8k_problem', 'read_gsm8k', 'last_boxed', 'math_problem', 'read_math', 'trace_record', 'read_traces',
-           'prompt_path', 'load_prompt', 'fill_prompt', 'teacher_response', 'micro_problems', 'read_problems',
-           'data_folders', 'data_path', 'load_problems', 'problem_sets']
+           'join_thousands', 'gsm8k_problem', 'read_gsm8k', 'last_boxed', 'math_problem', 'read_math', 'trace_record',
+           'read_traces', 'prompt_path', 'load_prompt', 'fill_prompt', 'teacher_response', 'micro_problems',
+           'read_problems', 'data_folders', 'data_path', 'load_problems', 'problem_sets']
 
-# %% ../nbs/01_data.ipynb #e0f3f1a2
+# %% ../nbs/01_data.ipynb #c226fca1
 import hashlib
 import json
 import os
@@ -21,7 +21,7 @@ from typing import Any
 
 import cs336_alignment
 
-# %% ../nbs/01_data.ipynb #48b78a47
+# %% ../nbs/01_data.ipynb #775c8671
 @dataclass(frozen=True)
 class Problem:
     """A question, its true answer and, if the set has one, a worked solution.
@@ -41,34 +41,53 @@ class DataError(ValueError):
 class DataMissing(FileNotFoundError):
     """A file is not there; the message says how to get it."""
 
-# %% ../nbs/01_data.ipynb #b301c8f6
+# %% ../nbs/01_data.ipynb #4c1552d8
 def repo_root() -> Path:
     """The folder that holds `data/` and `results/`: `$CS336_ROOT`, or the parent of the package's folder."""
     return Path(os.environ.get("CS336_ROOT") or Path(cs336_alignment.__file__).resolve().parent.parent)
 
-# %% ../nbs/01_data.ipynb #3050c1c0
+# %% ../nbs/01_data.ipynb #a8925ed1
 def _read_text(path: str | Path) -> str:
     "The file's text; a file that is missing or is not UTF-8 raises an error that says so."
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        data = Path(path).read_bytes()
+        return data.decode("utf-8-sig")
     except FileNotFoundError:
         raise DataMissing(f"{path}: no such file") from None
     except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not UTF-8 text (byte {e.start}); is it a compressed or parquet file?") from None
+        line = data.count(b"\n", 0, e.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 text (byte {e.start}); is it compressed or parquet?") from None
 
-# %% ../nbs/01_data.ipynb #75e0d857
+# %% ../nbs/01_data.ipynb #364739bb
+_DEEP = re.compile(r"(?:[\[{][^\[\]{}]*){200}")  # brackets opened 200 times, and none closed
+
+
+def _parsed(text: str, path: str | Path, line: int = 1) -> Any:
+    "The JSON value of `text`, which begins in this line of the file; a DataError names the line that is wrong."
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        at, why = e.pos, f"not valid JSON ({e.msg} at column {e.colno})"
+    except RecursionError:
+        at, why = deep.start() if (deep := _DEEP.search(text)) else 0, "JSON that is nested too deeply"
+    except ValueError:  # from Python's int
+        at = max(re.finditer(r"\d+", text), key=lambda digits: len(digits.group())).start()
+        why = "a number with more digits than Python reads"
+    raise DataError(f"{path}:{line + text.count(chr(10), 0, at)}: {why}")
+
+# %% ../nbs/01_data.ipynb #c7c2ad07
 def _json_lines(path: str | Path, torn_ok: bool = False) -> Iterator[tuple[str, Any]]:
     "Yield ('file:line', object). Split on newlines only: JSON strings may hold U+2028, where `splitlines` would cut."
     lines = _read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as e:
+                yield f"{path}:{number}", _parsed(line, path, number)
+        except DataError:
             if not (torn_ok and number == len(lines)):
-                raise DataError(f"{path}:{number}: not valid JSON ({e.msg} at column {e.colno})") from None
+                raise
 
-# %% ../nbs/01_data.ipynb #35c9b338
+
 def read_jsonl(path: str | Path, torn_ok: bool = False) -> list[Any]:
     """The objects of a JSON-lines file; blank lines are skipped, an empty file gives [].
 
@@ -77,7 +96,7 @@ def read_jsonl(path: str | Path, torn_ok: bool = False) -> list[Any]:
     """
     return [obj for _, obj in _json_lines(path, torn_ok)]
 
-# %% ../nbs/01_data.ipynb #70f8f0e2
+# %% ../nbs/01_data.ipynb #f8d739eb
 def read_records(path: str | Path) -> list[tuple[str, dict]]:
     """[('file:line' or 'file: item i', record)] from JSON lines or a JSON array (items count from 1).
 
@@ -85,10 +104,7 @@ def read_records(path: str | Path) -> list[tuple[str, dict]]:
     """
     text = _read_text(path)
     if text.lstrip().startswith("["):
-        try:
-            records = [(f"{path}: item {i}", record) for i, record in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as e:
-            raise DataError(f"{path}:{e.lineno}: not valid JSON ({e.msg} at column {e.colno})") from None
+        records = [(f"{path}: item {i}", record) for i, record in enumerate(_parsed(text, path), 1)]
     else:
         records = list(_json_lines(path))
     if not records:
@@ -98,80 +114,130 @@ def read_records(path: str | Path) -> list[tuple[str, dict]]:
             raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
     return records
 
-# %% ../nbs/01_data.ipynb #41577af5
+# %% ../nbs/01_data.ipynb #483d994c
+def _text(value: Any, name: str, where: str) -> str:
+    "The value of field `name` as text, if it is text or a finite number; otherwise a DataError."
+    if isinstance(value, str):
+        if half := re.search(r"[\ud800-\udfff]", value):
+            raise DataError(f"{where}: field '{name}' holds half a character ({half.group()!r}, a lone surrogate)")
+        return value
+    kind = type(value).__name__
+    try:
+        if kind in ("int", "float") and (text := str(value)) not in ("nan", "inf", "-inf"):
+            return text
+    except ValueError:  # more digits than Python writes
+        kind = "a longer one"
+    found = value if isinstance(value, (bool, float)) else kind
+    raise DataError(f"{where}: field '{name}' must hold text or a finite number of up to 4,300 digits, not {found}")
+
+# %% ../nbs/01_data.ipynb #96123cb9
 def _field(record: dict, names: tuple[str, ...], where: str) -> str:
-    "The first of `names` that the record has, as text. Numbers become text; anything else is an error."
+    "The first of `names` that the record has (null is as good as absent), as text; see `_text`."
     for name in names:
-        value = record.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return str(value)
-        if isinstance(value, str):
-            return value
+        if record.get(name) is not None:
+            return _text(record[name], name, where)
     wanted = " or ".join(f"'{n}'" for n in names)
     raise DataError(f"{where}: no text in field {wanted}; the fields are {sorted(record)}")
 
-# %% ../nbs/01_data.ipynb #758310a4
+
+def _gold(text: str, where: str) -> str:
+    "A true answer, stripped; DataError for one that nothing can be graded against."
+    gold = text.strip()
+    if gold.lower() in ("", "nan") or re.search(r"\d{4301}", gold):
+        raise DataError(f"{where}: the answer is {gold[:20] or 'empty'}, which nothing can be graded against")
+    return gold
+
+# %% ../nbs/01_data.ipynb #116b25aa
+def join_thousands(text: str) -> str:
+    """The text with the commas of `1,080` or `-12,345,678.9` removed; other commas, as in `1,2,3` and `12,34`, stay."""
+    return re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)", lambda number: number.group().replace(",", ""), text)
+
+
 def gsm8k_problem(record: dict, where: str = "record") -> Problem:
     """Problem from `{"question", "answer": "steps\\n#### 1,080"}`; `where` is put in front of error messages."""
     question, answer = (_field(record, (name,), where) for name in ("question", "answer"))
     steps, mark, gold = answer.rpartition("####")
-    gold = gold.strip().replace(",", "")
-    if not mark or not gold:
+    gold = join_thousands(gold.strip())
+    if not mark or not gold or "\n" in gold:
         raise DataError(f"{where}: field 'answer' must end in '#### <result>', it ends in {answer[-40:]!r}")
-    return Problem(question, gold, re.sub(r"<<[^<>]*>>", "", steps).strip())
+    return Problem(question, _gold(gold, where), re.sub(r"<<[^<>]*>>", "", steps).strip())
 
 
 def read_gsm8k(path: str | Path) -> list[Problem]:
     """Problems of a file in the GSM8K format, JSON lines or an array."""
     return [gsm8k_problem(record, where) for where, record in read_records(path)]
 
-# %% ../nbs/01_data.ipynb #4b81aea1
-def last_boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{...}`, braces matched; None if there is none, or it is empty or unclosed."""
-    *_, mark, tail = text.rpartition("\\boxed")
-    tail = tail.lstrip(" ")
-    if not mark or not tail.startswith("{"):
-        bare = re.match(r"[^\s$.,{}]+", tail) if mark else None
-        return bare.group() if bare else None
+# %% ../nbs/01_data.ipynb #5d01e32e
+def _in_braces(text: str) -> str | None:
+    "The content of the braces that `text` begins with, stripped; None if it is empty or they are never closed."
     depth, escaped = 0, False
-    for i, char in enumerate(tail):
+    for i, char in enumerate(text):
         if not escaped:
             depth += (char == "{") - (char == "}")
         escaped = char == "\\" and not escaped
         if depth == 0:
-            return tail[1:i].strip() or None
+            return text[1:i].strip() or None
     return None
 
-# %% ../nbs/01_data.ipynb #e76f8717
+# %% ../nbs/01_data.ipynb #a37a9c4b
+_GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # braces, up to three deep
+_STOP = r"\$|\\[])]|\\\\|\\(?:end|boxed|fbox)(?![A-Za-z])|[&\n]|\.\s|[,;:]?\s{1,9}[A-Za-z]{2}"  # its end, or prose
+_BARE = re.compile(rf"(?:(?!{_STOP})(?:{_GROUP}|\\.|[^{{}}]))*")
+_PROSE = re.compile(r"""['"(-]*(?:[A-Za-z]{2,}(?=[\s.,;:!?)'"]|$)|[A-Za-z]\s+[A-Za-z]{2})""")  # "form", "a box"
+
+
+def _without_braces(text: str) -> str | None:
+    "The formula that `text` begins with, without the punctuation behind it; None if there is none."
+    content = _BARE.match(text).group()
+    if _PROSE.match(text) or text[len(content):].startswith("{"):  # the latter is never closed
+        return None
+    end = len(content.rstrip(" .,;:"))
+    return content[:end + content[:end].endswith("\\")] or None  # \, is a blank, no punctuation
+
+# %% ../nbs/01_data.ipynb #47b68cb1
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed`, with braces or without; None if there is none, or its braces are empty or
+    unclosed. Time is linear in the text's length."""
+    for name in ("boxed", "fbox"):
+        for mark in reversed(list(re.finditer(rf"\\{name}(?![A-Za-z])", text))):
+            tail = text[mark.end():].lstrip()
+            if tail.startswith("{"):
+                return _in_braces(tail)
+            if content := _without_braces(tail):
+                return content
+    return None
+
+# %% ../nbs/01_data.ipynb #6f891508
 def math_problem(record: dict, where: str = "record") -> Problem:
     """Problem from MATH: `problem`; the answer is `expected_answer`, `answer` or the solution's last `\\boxed{}`."""
     question = _field(record, ("problem",), where)
     solution = record.get("solution")
-    if any(name in record for name in ("expected_answer", "answer")):
+    solution = _text(solution, "solution", where).strip() if isinstance(solution, str) else None
+    if any(record.get(name) is not None for name in ("expected_answer", "answer")):
         gold = _field(record, ("expected_answer", "answer"), where).strip()
     else:
         gold = last_boxed(_field(record, ("solution",), where))
     if not gold:
         raise DataError(f"{where}: no answer in 'expected_answer' or 'answer', nor in a \\boxed{{}} in 'solution'")
-    return Problem(question, gold, solution.strip() if isinstance(solution, str) else None)
+    return Problem(question, _gold(gold, where), solution)
 
 
 def read_math(path: str | Path) -> list[Problem]:
     """Problems of a MATH file, JSON lines or an array."""
     return [math_problem(record, where) for where, record in read_records(path)]
 
-# %% ../nbs/01_data.ipynb #e18a78ed
+# %% ../nbs/01_data.ipynb #db2e27d7
 def trace_record(record: dict, where: str = "record") -> dict:
-    """`{"problem", "response", "ground_truth", "extracted_answer"}`, or `{"prompt", "response"}` plus `ground_truth`
-    if the record has an `expected_answer` or `ground_truth` (spec of §4)."""
+    """`{"problem", "response", "ground_truth", "extracted_answer"}` from a `reasoning_trace`, or `{"prompt",
+    "response"}` with a `ground_truth` if the record has an `expected_answer` or `ground_truth`. Raises DataError."""
     if "reasoning_trace" in record:
         trace = _field(record, ("reasoning_trace",), where)
         return {"problem": _field(record, ("problem",), where), "response": re.sub(r"^\s*<think>", "", trace),
-                "ground_truth": _field(record, ("expected_answer",), where),
+                "ground_truth": _gold(_field(record, ("expected_answer",), where), where),
                 "extracted_answer": record.get("extracted_answer")}
     trace = {name: _field(record, (name,), where) for name in ("prompt", "response")}
     if "expected_answer" in record or "ground_truth" in record:
-        trace["ground_truth"] = _field(record, ("expected_answer", "ground_truth"), where)
+        trace["ground_truth"] = _gold(_field(record, ("expected_answer", "ground_truth"), where), where)
     return trace
 
 
@@ -179,18 +245,18 @@ def read_traces(path: str | Path) -> list[dict]:
     """The traces of a file, JSON lines or an array; see `trace_record`."""
     return [trace_record(record, where) for where, record in read_records(path)]
 
-# %% ../nbs/01_data.ipynb #205c7928
+# %% ../nbs/01_data.ipynb #2726719c
 def _trace_problem(record: dict, where: str = "record") -> Problem:
     "Problem from a `reasoning_trace` record; the solution is what comes before `</think>`."
     trace = trace_record(record, where)
-    return Problem(trace["problem"], trace["ground_truth"].strip(), trace["response"].partition("</think>")[0].strip())
+    return Problem(trace["problem"], trace["ground_truth"], trace["response"].partition("</think>")[0].strip())
 
-# %% ../nbs/01_data.ipynb #97245ce6
+# %% ../nbs/01_data.ipynb #919d9c5b
 def prompt_path(name: str) -> Path:
     """Where a shipped prompt is: `cs336_alignment/prompts/<name>.prompt`."""
     return Path(cs336_alignment.__file__).resolve().parent / "prompts" / f"{name}.prompt"
 
-# %% ../nbs/01_data.ipynb #7a7a9f15
+# %% ../nbs/01_data.ipynb #e118de5b
 def load_prompt(name_or_path: str | Path) -> str:
     """The template, byte for byte: r1_zero, r1_zero_three_shot, question_only, micro, or the path of a file.
 
@@ -207,12 +273,12 @@ def load_prompt(name_or_path: str | Path) -> str:
         raise DataError(f"{path}: a prompt must contain {{question}}, where the question goes")
     return template
 
-# %% ../nbs/01_data.ipynb #09debd61
+# %% ../nbs/01_data.ipynb #5004ff95
 def fill_prompt(template: str, question: str) -> str:
     """The template with `{question}` replaced. Never `str.format`: questions and templates hold other braces."""
     return template.replace("{question}", question)
 
-# %% ../nbs/01_data.ipynb #7e85f4c1
+# %% ../nbs/01_data.ipynb #ea56be7e
 def teacher_response(problem: Problem) -> str:
     """The ideal continuation of a prompt that ends in `<think>`: ` steps </think> <answer> result </answer>`.
 
@@ -222,7 +288,7 @@ def teacher_response(problem: Problem) -> str:
         raise DataError(f"no worked solution to teach from: {problem.question[:60]!r}")
     return f" {problem.solution} </think> <answer> {problem.ground_truth} </answer>"
 
-# %% ../nbs/01_data.ipynb #4d0de0f3
+# %% ../nbs/01_data.ipynb #da6c2779
 MICRO_SPLITS = {"train": range(0, 8), "test": range(8, 9), "heldout": range(9, 10)}  # by a digit of the question's hash
 
 
@@ -234,7 +300,7 @@ def _sum_problem(numbers: list[int]) -> Problem:
         total += number
     return Problem("+".join(map(str, numbers)) + "=?", str(total), " ".join(steps))
 
-# %% ../nbs/01_data.ipynb #d13448ec
+# %% ../nbs/01_data.ipynb #8864c0f9
 def micro_problems(n: int, seed: int = 0, split: str = "train") -> list[Problem]:
     """`n` different sums of 2–5 numbers from 1 to 9; the first of them are the same for every `n`.
 
@@ -251,7 +317,7 @@ def micro_problems(n: int, seed: int = 0, split: str = "train") -> list[Problem]
             found[problem.question] = problem
     return list(found.values())
 
-# %% ../nbs/01_data.ipynb #8d1e8d0f
+# %% ../nbs/01_data.ipynb #73bee28b
 def _parser(record: dict, where: str) -> Callable[[dict, str], Problem]:
     "Which of the formats a record is in, by its fields."
     for fields, parser in ((("question", "answer"), gsm8k_problem), (("problem", "reasoning_trace"), _trace_problem),
@@ -270,7 +336,7 @@ def read_problems(path: str | Path) -> list[Problem]:
     parser = _parser(records[0][1], records[0][0])
     return [parser(record, where) for where, record in records]
 
-# %% ../nbs/01_data.ipynb #d0fe6c37
+# %% ../nbs/01_data.ipynb #fefc00db
 HOW_TO_GET = {"gsm_symbolic": "make gsm_symbolic", "gsm8k": "get gsm8k", "math": "get math", "math500": "get math500"}
 
 
@@ -278,7 +344,7 @@ def data_folders() -> list[Path]:
     """Where named sets are looked for: `$CS336_DATA` if set, then the repository's `data/`."""
     return [Path(d) for d in [os.environ.get("CS336_DATA")] if d] + [repo_root() / "data"]
 
-# %% ../nbs/01_data.ipynb #230eb813
+# %% ../nbs/01_data.ipynb #27f634d3
 def data_path(name: str, split: str) -> Path:
     """The file of a named set: `<folder>/<name>/<split>.jsonl` or `.json` in the first of `data_folders` that has it.
 
@@ -296,7 +362,7 @@ def data_path(name: str, split: str) -> Path:
         f"  2. set CS336_DATA to a folder that holds {name}/{split}.jsonl\n"
         f"  3. pass the path of a file instead of the name '{name}'")
 
-# %% ../nbs/01_data.ipynb #de12444e
+# %% ../nbs/01_data.ipynb #0c447bc6
 def _named_or_path(name: str | Path, split: str) -> Path:
     "The file that a set's name, a folder or a file's path stands for."
     if str(name) in HOW_TO_GET:
@@ -310,7 +376,7 @@ def _named_or_path(name: str | Path, split: str) -> Path:
         raise DataMissing(f"'{name}' is no file, and no known set (micro, {', '.join(HOW_TO_GET)})")
     return Path(name)
 
-# %% ../nbs/01_data.ipynb #634a3a3a
+# %% ../nbs/01_data.ipynb #c0806d05
 def load_problems(name: str | Path, split: str = "test", n: int | None = None,
                   seed: int | None = None) -> list[Problem]:
     """Problems of a set: the first `n`, or `n` drawn at random with `seed`; all of them if `n` is None.
@@ -331,14 +397,14 @@ def load_problems(name: str | Path, split: str = "test", n: int | None = None,
         return random.Random(seed).sample(problems, len(problems) if n is None else n)
     return problems[:n]
 
-# %% ../nbs/01_data.ipynb #d180dab3
+# %% ../nbs/01_data.ipynb #1bc02b27
 def problem_sets(data: str | Path, eval_data: str | Path, n_eval: int,
                  pool: int | None = None) -> tuple[list[Problem], list[Problem]]:
     """Problems to train on and to evaluate on, which never overlap.
 
-    data: a set for `load_problems`, of which the first `pool` training problems (None: all) are used. eval_data: a set, of
-    whose test problems the first `n_eval` are taken; or "validation": the last `n_eval` of the training pool, which are
-    then not trained on. Raises DataError or DataMissing, also if the pool is too small to hold back `n_eval`.
+    data: a set for `load_problems`, of which the first `pool` training problems (None: all) are used. eval_data: a
+    set, of whose test problems the first `n_eval` are taken; or "validation": the last `n_eval` of the training pool,
+    which are then not trained on. Raises DataError or DataMissing, also if the pool is too small to hold back `n_eval`.
     """
     problems = load_problems(data, "train", pool)
     if eval_data != "validation":
@@ -346,3 +412,9 @@ def problem_sets(data: str | Path, eval_data: str | Path, n_eval: int,
     if len(problems) <= n_eval:
         raise DataError(f"{data} has {len(problems):,} training problems: {n_eval:,} cannot be held back from it")
     return problems[:-n_eval], problems[-n_eval:]
+
+# %% ../nbs/01_data.ipynb #b7661750
+if __name__ == "__main__" and "__file__" in globals():  # python -m cs336_alignment.data get gsm8k
+    from runpy import run_module
+
+    run_module("cs336_alignment.data_sets", run_name="__main__")

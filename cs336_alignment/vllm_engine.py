@@ -4,32 +4,16 @@
 
 # %% auto #0
 __all__ = ['Layout', 'vllm_params', 'completion_row', 'forwarding_bar', 'environment_variables', 'kept_random_state', 'start_llm',
-           'shut_down', 'LocalVLLM', 'vllm_generate', 'vllm_load_weights', 'repack_output_layer', 'vllm_cleanup',
-           'plan_layout', 'tensor_views', 'map_file', 'make_shared_file', 'ReplicaServer', 'serve_replica',
-           'kv_cache_bytes', 'share_gpu', 'Replica', 'ask_replica', 'listen', 'ask_replicas', 'end_replicas',
-           'visible_gpus', 'place_replicas', 'multi_process_service', 'start_replicas', 'ReplicaTeam', 'team_run',
-           'share_memory', 'team_load_weights', 'team_release', 'vllm_version', 'vllm_problem', 'vllm_args',
-           'BackedEngine', 'VLLMEngine', 'start_backend', 'make_engine', 'shared_engine']
+           'shut_down', 'LocalVLLM', 'forget_prefixes', 'vllm_generate', 'vllm_load_weights', 'repack_output_layer',
+           'vllm_cleanup', 'plan_layout', 'tensor_views', 'map_file', 'make_shared_file', 'ReplicaServer',
+           'serve_replica', 'kv_cache_bytes', 'share_gpu', 'start_server', 'Replica', 'ask_replica', 'listen',
+           'ask_replicas', 'end_replicas', 'visible_gpus', 'place_replicas', 'multi_process_service', 'start_replicas',
+           'ReplicaTeam', 'team_run', 'share_memory', 'team_load_weights', 'team_release', 'vllm_version',
+           'vllm_problem', 'vllm_args', 'BackedEngine', 'VLLMEngine', 'start_backend', 'make_engine', 'shared_engine']
 
-# %% ../nbs/E2_vllm.ipynb #ad347666
-import contextlib
-import gc
-import importlib.metadata
-import io
-import os
-import random
-import secrets
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-import traceback
-import weakref
-import time
-
-# %% ../nbs/E2_vllm.ipynb #1cffc6fe
+# %% ../nbs/E2_vllm.ipynb #abd0c875
+import contextlib, gc, importlib.metadata, importlib.util, io, os, random, secrets, shutil, signal
+import subprocess, sys, tempfile, threading, time, traceback, weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from multiprocessing import Pipe
@@ -44,6 +28,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from tqdm.std import tqdm as plain_tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+# %% ../nbs/E2_vllm.ipynb #e08ed3c7
 import cs336_alignment
 from .inference import (Engine, Lifecycle, Request, Row, SamplingParams, Tick, Tokenizer,
                                        TransformersEngine, check_fit, free_memory, named_weights)
@@ -75,11 +60,14 @@ def forwarding_bar(tick: Tick) -> Callable[..., Any]:
             return super().update(n)
 
     def make(iterable=None, **kwargs):  # vLLM first wraps the prompts in a bar, then makes one that counts responses
-        return Bar(**kwargs | dict(file=io.StringIO(), mininterval=1e9)) if iterable is None else iterable
+        if iterable is not None:
+            return iterable
+        # disable: vLLM divides by the bar's elapsed time, so it must count even where TQDM_DISABLE is set
+        return Bar(**kwargs | dict(file=io.StringIO(), mininterval=1e9, disable=False))
 
     return make
 
-# %% ../nbs/E2_vllm.ipynb #b674702b
+# %% ../nbs/E2_vllm.ipynb #ce712216
 @contextlib.contextmanager
 def environment_variables(**variables: str):
     """Sets environment variables for as long as the block runs."""
@@ -91,7 +79,7 @@ def environment_variables(**variables: str):
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
-
+# %% ../nbs/E2_vllm.ipynb #41ec22a5
 @contextlib.contextmanager
 def kept_random_state():
     """Restores the global random generators of Python, numpy and torch after the block."""
@@ -143,26 +131,33 @@ class LocalVLLM(Lifecycle):
             self.llm = None
             vllm_cleanup()
 
-# %% ../nbs/E2_vllm.ipynb #ba5b63d3
-def vllm_generate(llm, requests: Sequence[Request], sampling: SamplingParams, tick: Tick | None) -> list[Row]:
-    """`completion_row` of each request, in order."""
+# %% ../nbs/E2_vllm.ipynb #14fd0507
+def forget_prefixes(llm) -> None:
+    """Finishes the requests of an interrupted call and empties vLLM's prefix cache. RuntimeError if that cannot be."""
     if llm.llm_engine.has_unfinished_requests():
         llm.wait_for_completion(use_tqdm=False)
-    llm.reset_prefix_cache()
+    if llm.reset_prefix_cache() is False:
+        raise RuntimeError("vLLM could not empty its prefix cache: blocks are still in use though no request is "
+                           "unfinished. Close this engine and make a new one")
+
+
+def vllm_generate(llm, requests: Sequence[Request], sampling: SamplingParams, tick: Tick | None) -> list[Row]:
+    """`completion_row` of each request, in order."""
+    forget_prefixes(llm)
     outputs = llm.generate([{"prompt_token_ids": r.prompt_token_ids} for r in requests],
                            [vllm_params(sampling, r) for r in requests],
                            use_tqdm=forwarding_bar(tick) if tick else False)
     return [completion_row(output.outputs[0], i) for i, output in enumerate(outputs)]
 
-# %% ../nbs/E2_vllm.ipynb #d43cd12e
+# %% ../nbs/E2_vllm.ipynb #77354dfc
 def vllm_load_weights(llm, named: list[tuple[str, Tensor]]) -> None:
-    """Copies named tensors into vLLM's model in place, and forgets cached keys and values of the old weights."""
+    """Copies named tensors into vLLM's model in place; cached keys and values of the old weights are forgotten."""
+    forget_prefixes(llm)
     if torch.cuda.is_available():
         llm.apply_model(lambda model: model.load_weights(iter(named)) and None)
     else:  # vLLM's CPU build packs its weights, and can only load them from the start
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named)})
         llm.apply_model(repack_output_layer)
-    llm.reset_prefix_cache()
 
 
 def repack_output_layer(model: nn.Module) -> None:
@@ -170,7 +165,7 @@ def repack_output_layer(model: nn.Module) -> None:
     if (head := getattr(model, "lm_head", None)) is not None:
         head.quant_method.process_weights_after_loading(head)
 
-
+# %% ../nbs/E2_vllm.ipynb #4f6168cd
 def vllm_cleanup() -> None:
     """Ends vLLM's process groups and frees memory, once nothing refers to the engine any more."""
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -178,7 +173,7 @@ def vllm_cleanup() -> None:
     cleanup_dist_env_and_memory()
     free_memory()
 
-# %% ../nbs/E2_vllm.ipynb #66cddc2d
+# %% ../nbs/E2_vllm.ipynb #131fc1f9
 Layout = list[tuple[str, torch.dtype, tuple[int, ...], int]]  # name, dtype, shape, offset in bytes
 
 
@@ -191,7 +186,7 @@ def plan_layout(named: list[tuple[str, Tensor]], dtype: torch.dtype) -> tuple[La
         end += -(-tensor.numel() * kind.itemsize // 64) * 64
     return layout, end
 
-
+# %% ../nbs/E2_vllm.ipynb #8ad04263
 def tensor_views(memory: Tensor, layout: Layout) -> list[tuple[str, Tensor]]:
     """The named tensors inside `memory` (bytes)."""
     def view(dtype, shape, offset):
@@ -280,20 +275,25 @@ def share_gpu(args: dict, part: float) -> dict:
     share = args["gpu_memory_utilization"] * part
     return args | dict(gpu_memory_utilization=share, kv_cache_memory_bytes=kv_cache_bytes(args["model"], share))
 
-# %% ../nbs/E2_vllm.ipynb #1cf0f7f5
+# %% ../nbs/E2_vllm.ipynb #d928a29d
+def start_server(fd: int, log, variables: dict[str, str], cores: Sequence[int]) -> subprocess.Popen:
+    """A process, and process group, that runs `serve_replica` on the pipe `fd`; what it prints goes to `log`."""
+    package_root = str(Path(cs336_alignment.__file__).parent.parent)
+    paths = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    code = (f"import os\nif {list(cores)}: os.sched_setaffinity(0, {list(cores)})\n"
+            f"from cs336_alignment.vllm_engine import serve_replica\nserve_replica({fd})")
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | variables | {"PYTHONPATH": paths},
+                            pass_fds=[fd], start_new_session=True, stdin=subprocess.DEVNULL, stdout=log,
+                            stderr=subprocess.STDOUT)
+
+# %% ../nbs/E2_vllm.ipynb #1b075462
 class Replica:
     """A process that runs `serve_replica`. `variables` are added to its environment; it stays on `cores`, if given."""
 
     def __init__(self, number: int, variables: dict[str, str], cores: Sequence[int] = ()):
         self.number, self.busy, self.log = number, False, tempfile.TemporaryFile()
         self.pipe, theirs = Pipe()
-        package_root = str(Path(cs336_alignment.__file__).parent.parent)
-        paths = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-        code = (f"import os\nif {list(cores)}: os.sched_setaffinity(0, {list(cores)})\n"
-                f"from cs336_alignment.vllm_engine import serve_replica\nserve_replica({theirs.fileno()})")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], env=os.environ | variables | {"PYTHONPATH": paths}, start_new_session=True,
-            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT)
+        self.process = start_server(theirs.fileno(), self.log, variables, cores)
         theirs.close()
 
     def exchange(self, action: Callable, *args) -> Any:
@@ -369,12 +369,11 @@ def place_replicas(replicas: int, gpus: list[str],
     homes = [gpus[i % len(gpus)] for i in range(replicas)]
     return [({"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1"}, [], 1 / homes.count(gpu)) for gpu in homes]
 
-# %% ../nbs/E2_vllm.ipynb #29706c3d
+# %% ../nbs/E2_vllm.ipynb #1e8e6aeb
 @contextlib.contextmanager
 def multi_process_service():
-    """NVIDIA's Multi-Process Service for the processes started within: kernels of several run on a GPU at the same time.
-
-    Does nothing where there is no `nvidia-cuda-mps-control`, or where the service is already chosen by the environment."""
+    """NVIDIA's Multi-Process Service for the processes started within: kernels of several run on a GPU at once.
+    Does nothing without `nvidia-cuda-mps-control`, or where the environment has chosen the service already."""
     folders = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/nvidia/bin"])
     control = shutil.which("nvidia-cuda-mps-control", path=folders)
     if control is None or "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
@@ -392,7 +391,8 @@ def multi_process_service():
                 subprocess.run([control], input=b"quit\n", **quietly)
 
 # %% ../nbs/E2_vllm.ipynb #32f87228
-def start_replicas(places: list[tuple[dict[str, str], list[int], float | None]], args: dict) -> tuple[list[Replica], int]:
+def start_replicas(places: list[tuple[dict[str, str], list[int], float | None]],
+                   args: dict) -> tuple[list[Replica], int]:
     """A replica in each of `place_replicas`' places, started at the same time; and their context in tokens.
 
     All are ended if one cannot start (RuntimeError with its traceback or log) or the call is interrupted."""
@@ -440,8 +440,8 @@ def team_run(replicas: list[Replica], requests: Sequence[Request], sampling: Sam
 
 # %% ../nbs/E2_vllm.ipynb #c8830442
 def share_memory(replicas: list[Replica], size: int, on_gpu: bool) -> Tensor:
-    """`size` bytes that every replica has too: on this process's first GPU if `on_gpu` and the driver allows it, else in a
-    file."""
+    """`size` bytes that every replica has too: on this process's first GPU if `on_gpu` and the driver allows it,
+    else in a file."""
     if on_gpu:
         block = torch.empty(size, dtype=torch.uint8, device="cuda:0")
         try:
@@ -471,7 +471,7 @@ def team_load_weights(team: ReplicaTeam, named: list[tuple[str, Tensor]]) -> Non
 
 
 def team_release(team: ReplicaTeam) -> None:
-    """Has the replicas let go of shared GPU memory, if none is at work: else CUDA complains at exit that it is still shared."""
+    """Has the replicas let go of shared GPU memory, if none is at work: else CUDA complains as it exits."""
     if team.memory is not None and team.memory.is_cuda and not any(r.busy for r in team.replicas):
         with contextlib.suppress(RuntimeError):  # one that has died holds nothing
             ask_replicas(team.replicas, "detach", [()] * len(team.replicas))
@@ -489,14 +489,15 @@ def vllm_version() -> str | None:
 def vllm_problem() -> str | None:
     """Why vLLM cannot be used here, with what to do about it; None if it can."""
     if vllm_version() is None:
-        return ("vLLM is not installed. With a GPU: uv sync --extra gpu, or pip install 'cs336-alignment[gpu]'. "
+        return ("vLLM is not installed. With a GPU, in a checkout: uv sync --extra gpu, or pip install -e '.[gpu]'. "
                 "On a CPU: bash .ci/vllm_env.sh DIR makes an environment with vLLM's CPU build.")
     usable = torch.cuda.is_available() or vllm_version().endswith("CPU")
     return None if usable else "vLLM is installed, but torch sees no GPU. Check nvidia-smi and CUDA_VISIBLE_DEVICES."
 
 # %% ../nbs/E2_vllm.ipynb #795618b9
 def vllm_args(path: str, *, gpu_memory_utilization: float = 0.85, max_model_len: int | None = None,
-              dtype: str | None = None, seed: int | None = None, enforce_eager: bool = False, **others) -> dict[str, Any]:
+              dtype: str | None = None, seed: int | None = None, enforce_eager: bool = False,
+              **others) -> dict[str, Any]:
     """Arguments for `vllm.LLM`. `dtype`: the checkpoint's own unless given (vLLM would turn float32 into float16).
 
     `seed` is for samples without a seed of their own; a random one by default."""
@@ -530,7 +531,7 @@ class VLLMEngine(BackedEngine):
     """Sampling with vLLM, through its public interfaces only. `model`: a name or path for `model_dir`.
 
     Replicas live in processes of their own, on all visible GPUs in turn or on `devices` (indices into those); those on
-    a GPU share its `gpu_memory_utilization`. `in_process` (default: only for one replica on a CPU) puts the only replica
+    a GPU share its `gpu_memory_utilization`. `in_process` (default: only for one replica on a CPU) puts the replica
     into this process: weights reach it sooner, but CUDA may keep a process from making a second engine after the first.
     `sleep` needs `enable_sleep`; on a CPU it does nothing. Other `args`: see `vllm_args`.
     """
@@ -554,7 +555,8 @@ def start_backend(replicas: int, devices: Sequence[int] | None, in_process: bool
                   args: dict) -> LocalVLLM | ReplicaTeam:
     """An engine in this process, or a team of processes. ValueError for a choice that cannot be had."""
     if replicas < 1 or in_process and (replicas > 1 or devices is not None):
-        raise ValueError(f"replicas must be at least 1, and in_process takes one without devices: {replicas}, {devices}")
+        raise ValueError("replicas must be at least 1, and in_process takes one without devices: "
+                         f"{replicas}, {devices}")
     alone = replicas == 1 and devices is None and not torch.distributed.is_initialized()  # which vLLM would take over
     if in_process or in_process is None and alone and not torch.cuda.is_available():
         return LocalVLLM(**args)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from hostile_answers import CANARY, FAMILIES, RESPONSES
 
-from cs336_alignment import drgrpo_grader as grader
+from cs336_alignment import drgrpo_grader as grader, grader_pool
 from cs336_alignment.data import DataMissing, load_problems, read_jsonl
 from cs336_alignment.drgrpo_grader import (grade_batch, question_only_reward_fn, r1_zero_reward_fn, same_answer,
                                            start_workers)
@@ -78,13 +78,13 @@ def test_an_endless_answer_is_bounded_and_harmless():
 @pytest.mark.skipif(not hasattr(psutil, "RLIMIT_AS"), reason="RLIMIT_AS is Linux only")
 def test_memory_limit():
     assert same_answer(*HARD, memory_mb=768)
-    graders = [child for worker in grader._POOL.workers for child in psutil.Process(worker.pid).children()]
+    graders = [child for worker in grader_pool._POOL.workers for child in psutil.Process(worker.pid).children()]
     assert 768 * 2**20 in [process.rlimit(psutil.RLIMIT_AS)[0] for process in graders]
 
 
 def test_killed_workers_are_replaced():
     for victim in ("keeper", "grader"):
-        for worker in list(grader._POOL.workers):
+        for worker in list(grader_pool._POOL.workers):
             process = psutil.Process(worker.pid)
             for each in [process] if victim == "keeper" else process.children():
                 each.send_signal(signal.SIGKILL)
@@ -98,7 +98,7 @@ def test_killed_in_the_middle_of_a_batch():
 
     def assassin():
         while not stop.wait(1.0):
-            for worker in list(grader._POOL.workers):
+            for worker in list(grader_pool._POOL.workers):
                 with contextlib.suppress(psutil.NoSuchProcess, IndexError):
                     psutil.Process(worker.pid).children()[0].kill()
 

@@ -12,8 +12,9 @@ import numpy as np, pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kills
-from cs336_alignment import drgrpo_grader, grpo, models, runs
-from cs336_alignment.grpo import GRPOConfig, RunStopped, grpo_config, train
+from cs336_alignment import drgrpo_grader, grpo, grpo_runs, log, models, runs
+from cs336_alignment.grpo_runs import RunStopped, run_grpo
+from cs336_alignment.grpo_settings import NAMED, GRPOConfig, grpo_config
 from cs336_alignment.grpo_helper import grpo_microbatch_train_step
 from cs336_alignment.inference import Completion, TransformersEngine
 from cs336_alignment.packing import accumulate_gradients
@@ -45,15 +46,21 @@ def digits_reward(response, ground_truth):
     return {"format_reward": 1.0, "answer_reward": right, "reward": right}
 
 
+def rewarded_by(monkeypatch, reward_fn):
+    """In place of the prompt's reward function, in training and evaluation."""
+    for module in (grpo, log):
+        monkeypatch.setattr(module, "reward_fn_of", lambda prompt: reward_fn)
+
+
 @pytest.fixture(autouse=True)
 def small_world(monkeypatch):
     """Policies are tiny, rewards easy; nothing is written outside the run's folder."""
     monkeypatch.setattr(runs, "environment", lambda: {"gpu": None})
-    monkeypatch.setattr(grpo, "load_policy", tiny_policy)
-    monkeypatch.setattr(grpo, "reward_fn", lambda config: digits_reward)
-    monkeypatch.setattr(grpo, "save_policy", lambda *args: None)
-    monkeypatch.setattr(grpo, "vllm_problem", lambda: "not here.")
-    monkeypatch.setattr(grpo, "data_sets", lambda config: (grpo_problems("train")[:50], grpo_problems("test")[:config.n_eval]))
+    monkeypatch.setattr(grpo_runs, "load_policy", tiny_policy)
+    rewarded_by(monkeypatch, digits_reward)
+    monkeypatch.setattr(grpo_runs, "save_policy", lambda *args: None)
+    monkeypatch.setattr(grpo_runs, "vllm_problem", lambda: "not here.")
+    monkeypatch.setattr(grpo_runs, "data_sets", lambda config: (grpo_problems("train")[:50], grpo_problems("test")[:config.n_eval]))
 
 
 def grpo_problems(split, cache={}):
@@ -64,7 +71,7 @@ def grpo_problems(split, cache={}):
 
 def quiet_train(root, config=CONFIG, **kwargs):
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        summary = train(config, root=root, mirror=False, progress=False, **kwargs)
+        summary = run_grpo(config, root=root, mirror=False, progress=False, **kwargs)
     return summary, out.getvalue()
 
 
@@ -175,7 +182,7 @@ def test_the_loops_own_engine_is_closed_on_every_way_out(tmp_path, monkeypatch, 
         made.append(CallsAt(4, act))
         return made[-1]
 
-    monkeypatch.setattr(grpo, "make_engine", make)
+    monkeypatch.setattr(grpo_runs, "make_engine", make)
     before = signal.getsignal(signal.SIGINT)
     with way_out:
         quiet_train(tmp_path)
@@ -227,13 +234,12 @@ def test_a_loss_that_is_nan_stops_saved(tmp_path, monkeypatch, config):
 
 
 def test_batches_that_are_all_wrong_change_nothing_and_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "reward_fn", lambda config: lambda r, t: dict.fromkeys(
-        ("format_reward", "answer_reward", "reward"), 0.0))
+    rewarded_by(monkeypatch, lambda r, t: dict.fromkeys(("format_reward", "answer_reward", "reward"), 0.0))
     engine = TransformersEngine(*tiny_policy())
     summary, said = quiet_train(tmp_path, engine=engine)
     lines = metrics_of(tmp_path)
     assert summary["steps"] == 12 and len(lines) == 13
-    assert said.count("no answer has an advantage, nothing is learned") == 12
+    assert said.count("no response has an advantage, nothing is learned") == 12
     for line in lines[1:]:
         assert line["train/share_equal_groups"] == 1 and line["train/share_trained"] == 0
         assert line["train/skipped_updates"] == 1 and line["train/updates"] == 0 and "train/loss" not in line
@@ -243,7 +249,7 @@ def test_batches_that_are_all_wrong_change_nothing_and_say_so(tmp_path, monkeypa
 def test_a_grader_worker_that_dies_does_not_stop_the_run(tmp_path, monkeypatch):
     """Answers that only a worker process can grade; all workers are killed after the first step."""
     truth, text, killed = "\\frac{\\sqrt{8}}{2}", "</think> <answer> \\frac{2\\sqrt{2}}{2} + 0*\\sin(1) </answer>", []
-    monkeypatch.setattr(grpo, "reward_fn", lambda config: drgrpo_grader.r1_zero_reward_fn)
+    rewarded_by(monkeypatch, drgrpo_grader.r1_zero_reward_fn)
     real, calls = grpo.grade_batch, []
 
     def grade(reward_fn, responses, truths):
@@ -359,7 +365,7 @@ def test_momentum_does_not_move_weights_in_a_step_without_advantages(tmp_path, m
     """From step 4 on all answers are right: AdamW would go on with a gradient of zero."""
     engine = Watched()
     right = lambda response, truth: dict.fromkeys(("format_reward", "answer_reward", "reward"), 1.0)
-    monkeypatch.setattr(grpo, "reward_fn", lambda config: right if len(engine.given) > 3 else digits_reward)
+    rewarded_by(monkeypatch, lambda r, t: (right if len(engine.given) > 3 else digits_reward)(r, t))
     quiet_train(tmp_path, engine=engine)
     assert engine.given[0] != engine.given[3] and len(set(engine.given[3:])) == 1
 
@@ -393,8 +399,7 @@ def test_the_same_gradient_as_the_handouts_loop(loss_type, constant):
     draw = torch.Generator().manual_seed(0)
     old = [torch.randn(len(c.token_ids), generator=draw) * 0.3 - 4.5 for c in completions]
     with_old = {i: replace(e, side=e.side | {"old": old[i]}) for i, e in examples.items()}
-    lengths = [len(c.token_ids) for c in completions]
-    batch = grpo.weighted(config, with_old, lengths, list(range(8)))
+    batch = grpo.weighted(config, with_old, completions, list(range(8)))
     for budget in ({}, {"max_tokens": 15, "max_logits": 100}):
         ours = accumulate_gradients(policy, batch, partial(grpo.grpo_loss, config), **budget)["loss"]
         gradient = [p.grad.clone() for p in policy.parameters()]
@@ -423,7 +428,7 @@ def literal_gradient(policy, completions, rewards, advantages, old, loss_type, c
     return total
 
 
-EXTRAS = {name: settings for name, settings in grpo.NAMED.items()} | {
+EXTRAS = {name: settings for name, settings in NAMED.items()} | {
     "kl": dict(kl_coef=0.1), "tis": dict(tis_cap=1.1), "no baseline, kl": dict(loss_type="no_baseline", kl_coef=0.2),
     "clip higher": dict(loss_type="grpo_clip", cliprange=0.1, clip_high=0.3),
     "wide gspo": dict(loss_type="grpo_clip", ratio_level="sequence", cliprange=0.05, clip_high=0.1),
@@ -459,7 +464,7 @@ def test_extras_agree_with_their_formulas(name):
     examples = {i: e for i, e in enumerate(grpo.rollout_examples(completions, advantages))
                 if grpo.has_gradient(config, completions[i], e.side["advantage"])}
     examples, _ = grpo.add_log_probs(config, examples, completions, old_policy, reference, pass_tokens=40)
-    batch = grpo.weighted(config, examples, [len(c.token_ids) for c in completions], list(range(8)))
+    batch = grpo.weighted(config, examples, completions, list(range(8)))
     metrics = accumulate_gradients(policy, batch, partial(grpo.grpo_loss, config), max_tokens=30)
     ours = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
@@ -496,7 +501,8 @@ def paper_advantage(config, rewards, i):
 
 def by_their_formulas(config, policy, old_policy, reference, completions, rewards):
     """(loss, clip fraction, mean k3) of a batch, token by token."""
-    n, all_tokens = len(completions), sum(len(c.token_ids) for c in completions)
+    counted = [c for c in completions if not (config.mask_overlong and c.finish_reason == "length")]
+    n, all_tokens = len(counted), sum(len(c.token_ids) for c in counted)
     low, high = 1 - config.cliprange, 1 + (config.cliprange if config.clip_high is None else config.clip_high)
     loss, clipped, kls = 0.0, [], []
     for i, c in enumerate(completions):
@@ -527,12 +533,11 @@ def test_ratio_is_one_on_the_first_update_and_equal_groups_add_nothing():
     advantages, _ = grpo.compute_advantages(config, rewards)
     every = dict(enumerate(grpo.rollout_examples(completions, advantages)))
     every, _ = grpo.add_log_probs(config, every, completions, policy, pass_tokens=40)
-    lengths = [len(c.token_ids) for c in completions]
-    batch, loss = grpo.weighted(config, every, lengths, list(range(8))), partial(grpo.grpo_loss, config)
+    batch, loss = grpo.weighted(config, every, completions, list(range(8))), partial(grpo.grpo_loss, config)
     metrics = accumulate_gradients(policy, batch, loss)
     assert abs(metrics["ratio"] - 1) < 1e-5 and metrics["clipped"] == 0
     policy.zero_grad()
-    equal = grpo.weighted(config, every, lengths, [4, 5, 6, 7])  # all right
+    equal = grpo.weighted(config, every, completions, [4, 5, 6, 7])  # all right
     accumulate_gradients(policy, equal, partial(grpo.grpo_loss, config))
     assert all((p.grad == 0).all() for p in policy.parameters())
 

@@ -1,9 +1,9 @@
 """The queue of runs (E6): what its processes share, remember, wait for and survive; without any training."""
-import json
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ sys.path.insert(0, str(BENCH))
 
 import engine_throughput
 import grpo_step
-from cs336_alignment import run_queue as runs
+from cs336_alignment import grpo_runs, models, run_queue as runs, vllm_engine
 from cs336_alignment.inference import SamplingParams
 
 SEEDED = SamplingParams(seed=3, max_tokens=8)
@@ -83,24 +83,24 @@ def test_a_policy_is_trained_again_only_where_it_is_missing(tmp_path, monkeypatc
     monkeypatch.setattr(runs, "sft", lambda config, engine, root, **options: calls.append((config, root, options["keep"])))
     worker(tmp_path / "results", 2).have(config)
     worker(tmp_path / "results", 2).have(config, needed=False)
-    monkeypatch.setattr(runs, "trained_policies", lambda: ["sft_experiments_pocket/n1024_seed2"])
+    monkeypatch.setattr(models, "trained_policies", lambda: ["sft_experiments_pocket/n1024_seed2"])
     worker(tmp_path / "results", 2).have(config)
     (again, root, keep), = calls
-    assert again == config | {"evaluations": 1} and keep and root == tmp_path / "results" / "logs" / "again"
-    other = config | {"variant": "Db2048"}
+    assert again == replace(config, evaluations=1) and keep and root == tmp_path / "results" / "logs" / "again"
+    other = replace(config, variant="Db2048")
     worker(tmp_path / "results", 2).have(other, work=lambda config, *args, **options: calls.append((config, options["keep"])))
     assert calls[1:] == [(other, True)]  # by the work that made it, as it was
 
 
 def test_policies_are_evaluated_elsewhere_once_and_made_only_if_that_is_missing(tmp_path, monkeypatch):
     made, ran = [], []
-    monkeypatch.setattr(runs, "ei_configs", lambda w: [{"family": "ei", "track": w.track, "variant": "Db2048", "seed": w.seed}])
+    monkeypatch.setattr(runs, "ei_configs", lambda w: [runs.variation_configs("pocket", w.seed)[-1]])
     monkeypatch.setattr(runs.Worker, "tuned", lambda w: {})
     monkeypatch.setattr(runs.Worker, "have", lambda w, config, **options: made.append(runs.policy_name(config)))
     monkeypatch.setattr(runs.Worker, "run", lambda w, work, configs: ran.extend(configs))
     runs.benchmark(worker(tmp_path, 1))
-    assert made == ["sft_experiments_pocket/nall_seed1", "ei_pocket/Db2048_seed1"] == list(dict.fromkeys(c["model"] for c in ran))
-    assert [c["variant"] for c in ran] == ["sft_gsm8k", "sft_heldout", "ei_gsm8k", "ei_heldout"]
+    assert made == ["sft_experiments_pocket/nall_seed1", "ei_pocket/Db2048_seed1"] == list(dict.fromkeys(c.model for c in ran))
+    assert [c.variant for c in ran] == ["sft_gsm8k", "sft_heldout", "ei_gsm8k", "ei_heldout"]
     for config in ran:
         folder = runs.run_folder(config, tmp_path)
         folder.mkdir(parents=True)
@@ -112,9 +112,9 @@ def test_policies_are_evaluated_elsewhere_once_and_made_only_if_that_is_missing(
 def test_the_policy_for_the_benchmark_is_the_one_that_is_kept(tmp_path, monkeypatch):
     kept = {}
     monkeypatch.setattr(runs, "ei_configs", lambda w: runs.variation_configs("micro", 0))
-    monkeypatch.setattr(runs.Worker, "run", lambda w, work, configs, keep=False: kept.update({c["variant"]: keep for c in configs}))
+    monkeypatch.setattr(runs.Worker, "run", lambda w, work, configs, keep=False: kept.update({c.variant: keep for c in configs}))
     runs.ei_vary(worker(tmp_path))
-    names = [c["variant"] for c in runs.variation_configs("micro", 0)]
+    names = [c.variant for c in runs.variation_configs("micro", 0)]
     assert set(kept) == set(names[1:]) and [v for v, keep in kept.items() if keep] == names[-1:]
 
 
@@ -135,22 +135,6 @@ def test_the_literal_loop_has_one_of_the_engines():
         pass
 
 
-@pytest.mark.parametrize("saves", [0, 1])
-def test_a_setting_that_fails_keeps_its_own_rows_and_no_older_ones(tmp_path, monkeypatch, saves):
-    def fails(small, replicas, steps, vllm, save):
-        for _ in range(saves):
-            save({"variants": ["new"]})
-        raise RuntimeError("no GPU left")
-
-    monkeypatch.setattr(grpo_step, "course", fails)
-    out = tmp_path / "step.json"
-    out.write_text('{"pocket": {"variants": ["kept"]}, "course": {"variants": ["old"]}}')
-    grpo_step.main(out, only="course", vllm={}, here=True)
-    result = json.loads(out.read_text())
-    assert result["pocket"]["variants"] == ["kept"] and "no GPU left" in result["course"]["error"]
-    assert result["course"].get("variants", []) == ["new"] * saves
-
-
 def test_a_step_costs_what_more_tokens_cost_without_the_prompts():
     engine = SimpleNamespace(generate=lambda prompts, sampling, progress: time.sleep(0.2 + 0.01 * sampling.max_tokens))
     assert 0.009 < engine_throughput.step_seconds(engine, ["a"], 10) < 0.013
@@ -168,8 +152,8 @@ def test_grpo_starts_from_the_policy_of_its_data_and_takes_larger_passes_alone(t
     monkeypatch.setattr(runs.Worker, "tuned", lambda w: {})
     monkeypatch.setattr(runs.Worker, "wait_for", lambda w, paths: None)
     monkeypatch.setattr(runs.Worker, "have", lambda w, config: None)
-    monkeypatch.setattr(runs, "best_tuning", lambda *args: {"learning_rate": 2e-5})
-    monkeypatch.setattr(runs.grpo, "train", lambda config, *args, **options: calls.append((config, options["pass_tokens"])) or
+    monkeypatch.setattr(runs, "best_of", lambda *args: {"learning_rate": 2e-5})
+    monkeypatch.setattr(grpo_runs, "run_grpo", lambda config, *args, **options: calls.append((config, options["pass_tokens"])) or
                         {"final": {"answer_accuracy": 0.5}})
     for stage, seeds in [("grpo", [0, 1, 2, 3]), ("grpo_gsm8k", [0, 1, 2, 3]), ("grpo_alone", [0])]:
         runs.STAGES[stage](worker(tmp_path, 0, seeds))
@@ -191,7 +175,7 @@ def test_a_stage_that_fails_leaves_the_others_running_and_is_told(tmp_path, monk
     def broken(w):
         raise ValueError("broken on purpose")
 
-    monkeypatch.setattr(runs, "shared_engine", lambda *args, **options: nullcontext(done.append(options["max_num_seqs"])))
+    monkeypatch.setattr(vllm_engine, "shared_engine", lambda *args, **options: nullcontext(done.append(options["max_num_seqs"])))
     monkeypatch.setattr(runs, "STAGES", {"first": broken, "second": lambda w: done.append(w.seed)})
     with pytest.raises(SystemExit, match="failed: first"):
         runs.work(1, [0, 1], ["first", "second"], "micro", tmp_path, False, 1, 0.1, {"max_num_seqs": 64})
@@ -201,7 +185,7 @@ def test_a_stage_that_fails_leaves_the_others_running_and_is_told(tmp_path, monk
 
 def test_an_unknown_stage_is_named_before_anything_starts(tmp_path):
     done = subprocess.run([sys.executable, Path(runs.__file__), "sfft", "--root", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 1 and "unknown stage sfft; there are: tune, sft" in done.stderr
+    assert done.returncode == 2 and "unknown stage sfft; there are: tune, sft" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,8 +1,8 @@
-"""What notebook 07 cannot show: processes that are killed at any moment, a second writer, a disk that is full.
+"""What notebook E4 cannot show: processes that are killed at any moment, a second writer, a disk that is full.
 
 The training loop below uses the library exactly as the experiments do. It runs in child processes made by fork, so that the
 imports are paid for once; they are killed with SIGKILL."""
-import contextlib, errno, io, json, os, random, shutil, signal, subprocess, time
+import contextlib, errno, io, json, os, random, shutil, signal, subprocess, sys, time
 
 import numpy as np, pytest, torch
 from torch import nn
@@ -17,6 +17,12 @@ from kills import ended_by, in_child, kill_ten_times
 CONFIG = {"family": "kill", "track": "toy", "variant": "a", "seed": 3, "n_eval": 64, "temperature": 1.0}
 SIZE, POINTS = 16, 100
 torch.set_num_threads(1)  # a process with one thread can be forked
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_is_imported(tmp_path_factory):
+    """What the first training imports takes seconds: once here, and not in each of the children."""
+    train(tmp_path_factory.mktemp("warm"), 2, every=1)
 
 
 @pytest.fixture(autouse=True)
@@ -200,3 +206,51 @@ def test_a_disk_that_is_really_full(tiny_disk, tmp_path):
         train(root, 30)
         assert record(root) == record(tmp_path / "whole"), f"{free_kb} KB"
         shutil.rmtree(root)
+
+
+WANDB_RUN = """
+import sys
+from cs336_alignment.runs import finish_run, log_metrics, open_run
+with open_run({"family": "f", "track": "toy", "variant": "v", "seed": 1}, sys.argv[1]) as run:
+    for step in range(3):
+        log_metrics(run, step, {"train/loss": 1 / (step + 1), "eval/answer_accuracy": step / 4, "train/odd": float("nan")})
+    finish_run(run)
+"""
+
+
+def wandb_records(path):
+    '''The records of a .wandb file: LevelDB's log format, blocks of 32 KB after a head of 7 bytes that counts as well.'''
+    from wandb.proto.wandb_internal_pb2 import Record
+    data, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]  # kind: 1 whole, 2 first, 3 middle, 4 last
+        parts += data[at + 7:at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def test_wandb_keeps_the_same_numbers_offline(tmp_path):
+    """The real wandb, nobody logged in: a run on disk, nothing but our own line on the screen, the numbers as logged."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    done = subprocess.run([sys.executable, "-c", WANDB_RUN, str(tmp_path / "runs")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["f_toy/v_seed1: begins", "wandb: offline mirror, project cs336-alignment (`wandb login` for online)"]
+    assert done.stderr == ""
+    file, = (tmp_path / "runs").glob("wandb/offline-run-*/*.wandb")
+    history = [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+               for record in wandb_records(file) if record.WhichOneof("record_type") == "history"]
+    lines = read_metrics(tmp_path / "runs" / "f_toy" / "v_seed1")
+    assert [{k: line[k] for k in ("train/loss", "eval/answer_accuracy")} for line in lines] == [
+        {k: step[k] for k in ("train/loss", "eval/answer_accuracy")} for step in history]
+    assert [step["_step"] for step in history] == [0, 1, 2] and not any("train/odd" in step for step in history)
+
+
+def test_disabled_wandb_is_not_even_imported(tmp_path):
+    code = WANDB_RUN + "\nassert not [name for name in sys.modules if name.startswith(('wandb', 'pandas'))], 'imported'"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"WANDB_MODE": "disabled"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "f_toy/v_seed1: begins\n", "")

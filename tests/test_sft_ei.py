@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_a_prompt_longer_than_the_context(tmp_path):
 
 def test_no_correct_rollout_in_any_step(tmp_path, capsys):
     """The run ends, says so at each step, and its policy is the one it began with."""
-    never = EI | {"max_tokens": 4, "n_ei_steps": 2}
+    never = replace(EI, max_tokens=4, n_ei_steps=2)
     summary = expert_iteration(never, root=tmp_path, keep=False, progress=False)
     assert capsys.readouterr().out.count("none of 64 responses is right") == 2
     assert summary["steps"] == 2

@@ -33,7 +33,7 @@ from cs336_alignment.data import fill_prompt, load_prompt, micro_problems
 from cs336_alignment.inference import SamplingParams, TransformersEngine, named_weights
 from cs336_alignment.models import load_policy
 from cs336_alignment.runs import read_metrics
-from cs336_alignment.vllm_engine import VLLMEngine, ask_replicas, make_engine
+from cs336_alignment.vllm_engine import VLLMEngine, ask_replicas, forget_prefixes, make_engine, vllm_params
 
 PROMPTS = [fill_prompt(load_prompt("micro"), p.question) for p in micro_problems(16, seed=1, split="test")]
 SAMPLING = SamplingParams(n=2, seed=0, max_tokens=64, min_tokens=4)
@@ -172,6 +172,18 @@ def _requests(engine):
     return make_requests(PROMPTS, SAMPLING, engine.tokenizer, engine.context), SAMPLING
 
 
+def test_vllm_says_whether_the_prefix_cache_was_emptied(engine, groups):
+    """The answer that the engine counts on. With a request at work it is no; the engine finishes that request first."""
+    llm, (requests, sampling) = engine.backend.llm, _requests(engine)
+    assert llm.reset_prefix_cache() is True
+    llm.enqueue([{"prompt_token_ids": requests[0].prompt_token_ids}], vllm_params(sampling, requests[0]), use_tqdm=False)
+    llm.llm_engine.step()
+    assert llm.reset_prefix_cache() is False
+    forget_prefixes(llm)
+    assert not llm.llm_engine.has_unfinished_requests() and llm.reset_prefix_cache() is True
+    assert engine.generate(PROMPTS, SAMPLING, progress=False) == groups
+
+
 def test_more_seeded_prompts_than_one_batch_of_prefill(engine):
     """vLLM cuts the prompt at the budget's edge in two, and then cannot rewind a CPU generator."""
     prompts = PROMPTS * 10
@@ -229,7 +241,7 @@ def test_two_replicas_answer_as_one_and_end(groups, policy, tmp_path):
 
 def test_replicas_end_with_their_parent():
     """A parent that is killed cannot clean up; the replicas notice."""
-    code = ("import sys; from cs336_alignment.inference import Replica\n"
+    code = ("import sys; from cs336_alignment.vllm_engine import Replica\n"
             "print(Replica(0, {}).process.pid, flush=True); sys.stdin.read()")
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())
@@ -270,3 +282,13 @@ def test_the_bench_of_a_step_measures_both_sides_and_any_number_of_engines(tmp_p
         assert setting["engine_options"]["enforce_eager"]
         assert len(setting["speedups"]) == len(ours) == 2
     assert [list(result[name]["rollout_s_by_engines"]) for name in ("pocket", "course")] == [["1", "2"], []]
+
+
+def test_the_bench_of_the_engine_runs_small_with_every_part_that_needs_no_gpu(tmp_path):
+    bench, out = Path(grpo.__file__).parent.parent / "bench" / "engine_throughput.py", tmp_path / "engine.json"
+    done = subprocess.run([sys.executable, str(bench), "--small", "--out", str(out)], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    result = json.loads(out.read_text())
+    assert result["failed"] == {} and {"bare vLLM", "VLLMEngine", "TransformersEngine, batch 128"} <= result["tokens_per_s"].keys()
+    assert result["summary"]["2 replicas: zeroed weights changed the outputs"]
+    assert result["summary"]["same seed twice: equal responses, share"] == 1
