@@ -8,7 +8,7 @@ __all__ = ['pd', 'stats', 'torch', 'inference', 'models', 'runs', 'vllm_engine',
            'plan_lines', 'finished_lines', 'evaluate_vllm', 'check_lengths', 'graded_chunk', 'keep_lines', 'preset_of',
            'zero_shot_config', 'check_numbers', 'zero_shot', 'evaluate_config', 'first_of_each', 'sweep',
            'print_metrics', 'sizes', 'plan_runs', 'is_finished', 'check_writable', 'check_copy', 'main',
-           'print_response', 'grid', 'base_runs', 'zero_shot_table', 'table_row']
+           'print_response', 'grid', 'zero_shot_table', 'table_row']
 
 # %% ../nbs/05_zero_shot.ipynb #23657f23
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -370,22 +370,12 @@ def grid(track: TrackName = "pocket", data: list[str] = ["gsm8k", "gsm_symbolic"
         sweep(e, configs, root, force, sys.stderr.isatty())
 
 # %% ../nbs/05_zero_shot.ipynb #c76fef07
-def base_runs(root: str | Path):
-    """pandas table of the finished runs in `root`: variant, seed, n_eval, then a column a metric of the evaluation.
-
-    Raises FileNotFoundError if there is none."""
-    summaries = [s for folder in runs.run_folders(root) if (s := runs.read_summary(folder))]
-    if not summaries:
-        raise FileNotFoundError(f"no finished run in {root}: run `python cs336_alignment/evaluate_math.py grid` first")
-    return pd.DataFrame([{k: s[k] for k in ("variant", "seed", "n_eval", "gpu")} | s["final"] for s in summaries])
-
-
 def zero_shot_table(table):
-    """One row per variant of a table of runs (or of a folder, through `base_runs`): rates in % over all its seeds.
+    """One row per variant of a table of runs, or of a source of `run_table` (E4): rates in % over all its seeds.
 
     `accuracy` is mean ± 1.96·σ/√(seeds) (σ over seeds, sample standard deviation), `one run` the mean half-width of a
-    run's 95% Wilson interval, the three counts are sums over the seeds."""
-    table = base_runs(table) if isinstance(table, (str, Path)) else table
+    run's 95% Wilson interval, the three counts are sums over the seeds. Raises DataMissing if there is no finished run."""
+    table = runs.run_table(table) if isinstance(table, (str, Path)) else table
     return pd.DataFrame([table_row(variant, group) for variant, group in table.groupby("variant", sort=False)])
 
 # %% ../nbs/05_zero_shot.ipynb #c9c9d60d

@@ -201,12 +201,13 @@ def add_log_probs(config: GRPOConfig, examples: dict[int, Example], completions:
 
     The policy must be as it was when the rollouts were sampled. Returns also the engine's gap where it is known."""
     rows = list(examples.values())
-    old = [lp for lp, _ in packed_log_probs(policy, rows, pass_tokens)]
+    old = [lp for lp, _ in packed_log_probs(policy, rows, pass_tokens, temperature=config.temperature)]
     sides = {i: {"old": lp} for i, lp in zip(examples, old)}
     engine = {i: completions[i].logprobs for i in examples}
     known = bool(engine) and None not in engine.values()
     if reference is not None:
-        for i, (lp, _) in zip(examples, packed_log_probs(reference, rows, pass_tokens)):
+        of_reference = packed_log_probs(reference, rows, pass_tokens, temperature=config.temperature)
+        for i, (lp, _) in zip(examples, of_reference):
             sides[i]["reference"] = lp
     if config.tis_cap is not None:
         for i, side in sides.items():
@@ -223,7 +224,8 @@ def updates(config: GRPOConfig, policy: PreTrainedModel, optimizer: torch.optim.
     examples: those with a gradient, by rollout number. Raises FloatingPointError before a step that is not finite."""
     for rows in train_batches(config, step):
         batch = weighted(config, examples, completions, rows)
-        yield train_step(policy, optimizer, batch, partial(grpo_loss, config), pass_tokens) if batch else {}
+        yield train_step(policy, optimizer, batch, partial(grpo_loss, config), pass_tokens,
+                         temperature=config.temperature) if batch else {}
 
 
 LOGGED = {"loss": "loss", "grad_norm": "grad_norm", "entropy": "token_entropy", "ratio": "ratio",

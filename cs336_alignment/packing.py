@@ -220,10 +220,13 @@ def fused_token_log_probs() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     return torch.compile(token_log_probs)
 
 # %% ../nbs/E3_packed_training.ipynb #879707bb
-def head_log_probs(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`token_log_probs` of hidden states (N, H); on CUDA the float32 copy of the logits never reaches memory."""
+def head_log_probs(model: PreTrainedModel, hidden: Tensor, labels: Tensor,
+                   temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`token_log_probs` of hidden states (N, H), of the policy at a temperature; on CUDA the float32 copy of the logits never reaches memory."""
     with mixed_precision(model):
         logits = model.get_output_embeddings()(hidden)
+    if temperature != 1:
+        logits = logits / temperature  # what was sampled from: softmax(logits / T)
     if not logits.is_cuda:
         return token_log_probs(logits, labels)
     for x in (logits, labels):
@@ -248,7 +251,7 @@ def response_slices(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
 # %% ../nbs/E3_packed_training.ipynb #6df5ff44
 @torch.no_grad()
 def packed_log_probs(model: PreTrainedModel, examples: Sequence[Example], max_tokens: int = 65_536,
-                     max_logits: int = MAX_LOGITS) -> list[tuple[Tensor, Tensor]]:
+                     max_logits: int = MAX_LOGITS, temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
     """For each example, the log-prob and the entropy of every response token: two tensors (n,), on the model's device.
 
     `get_response_log_probs` of its response tokens, without gradient and padding: `max_tokens` a pass may be many.
@@ -261,7 +264,7 @@ def packed_log_probs(model: PreTrainedModel, examples: Sequence[Example], max_to
         with packed_mode(model):
             hidden = hidden_states(model, packed)
         slices = response_slices(packed.lengths, max_logits // model.config.vocab_size)
-        parts = zip(*(head_log_probs(model, hidden[s], packed.labels[s]) for s in slices))
+        parts = zip(*(head_log_probs(model, hidden[s], packed.labels[s], temperature) for s in slices))
         log_probs, entropy = (torch.cat(p).split(packed.lengths) for p in parts)
         for i, lp, h in zip(rows, log_probs, entropy):
             result[i] = lp, h
@@ -288,7 +291,7 @@ def sft_examples(examples: Sequence[Example], normalize_constant: float | None =
 
 # %% ../nbs/E3_packed_training.ipynb #9d0347ec
 def backward_in_slices(model: PreTrainedModel, packed: Packed, loss_fn: LossFn,
-                       max_logits: int = MAX_LOGITS) -> dict[str, Tensor]:
+                       max_logits: int = MAX_LOGITS, temperature: float = 1.0) -> dict[str, Tensor]:
     """Adds the gradient of Σ loss over a packed micro-batch to the parameters' `.grad`.
 
     Returns sums over its response tokens: `loss`, `entropy`, `log_prob`, and those that `loss_fn` returns.
@@ -298,7 +301,7 @@ def backward_in_slices(model: PreTrainedModel, packed: Packed, loss_fn: LossFn,
         hidden = hidden_states(model, packed)
         leaf = hidden.detach().requires_grad_()
         for s in response_slices(packed.lengths, max_logits // model.config.vocab_size):
-            log_probs, entropy = head_log_probs(model, leaf[s], packed.labels[s])
+            log_probs, entropy = head_log_probs(model, leaf[s], packed.labels[s], temperature)
             losses, logged = loss_fn(log_probs, entropy, {name: x[s] for name, x in packed.side.items()})
             losses.sum().backward()
             for name, x in {"loss": losses, "entropy": entropy, "log_prob": log_probs, **logged}.items():
@@ -308,10 +311,11 @@ def backward_in_slices(model: PreTrainedModel, packed: Packed, loss_fn: LossFn,
 
 # %% ../nbs/E3_packed_training.ipynb #e7213fc7
 def accumulate_gradients(model: PreTrainedModel, examples: Sequence[Example], loss_fn: LossFn,
-                         max_tokens: int = 16_384, max_logits: int = MAX_LOGITS) -> dict[str, float]:
+                         max_tokens: int = 16_384, max_logits: int = MAX_LOGITS,
+                         temperature: float = 1.0) -> dict[str, float]:
     """Adds the gradient of a whole batch to `.grad`, in micro-batches of at most `max_tokens` tokens.
 
-    The result does not depend on `max_tokens` beyond rounding. Examples with an empty response are skipped. Returns the
+    temperature: that the responses were sampled at; log-probs and entropy are of that policy. The result does not depend on `max_tokens` beyond rounding. Examples with an empty response are skipped. Returns the
     batch's `loss`; means over response tokens of `entropy`, `log_prob` and what `loss_fn` logs; counts.
     Raises ValueError if no response token is left, or a row exceeds `max_tokens` or the model's context.
     """
@@ -323,7 +327,7 @@ def accumulate_gradients(model: PreTrainedModel, examples: Sequence[Example], lo
     dtype, sums = torch.promote_types(model.dtype, torch.float32), defaultdict(float)
     micro_batches = [pack([filled[i] for i in rows], model.device, dtype) for rows in bins]  # copies come first
     for packed in micro_batches:
-        for name, x in backward_in_slices(model, packed, loss_fn, max_logits).items():
+        for name, x in backward_in_slices(model, packed, loss_fn, max_logits, temperature).items():
             sums[name] += x
     n = sum(len(e.response_ids) for e in filled)
     means = {name: float(x) / (1 if name == "loss" else n) for name, x in sums.items()}
@@ -342,13 +346,13 @@ def check_context(model: PreTrainedModel, examples: Sequence[Example]) -> None:
 # %% ../nbs/E3_packed_training.ipynb #e8113f89
 def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, examples: Sequence[Example], loss_fn: LossFn,
                max_tokens: int = 16_384, max_grad_norm: float = 1.0,
-               max_logits: int = MAX_LOGITS) -> dict[str, float]:
+               max_logits: int = MAX_LOGITS, temperature: float = 1.0) -> dict[str, float]:
     """One optimizer step on a batch: gradients, clipping to `max_grad_norm`, update, `.grad` cleared.
 
     Returns `accumulate_gradients`' numbers and `grad_norm` (before clipping). Raises FloatingPointError, with the
     weights as they were, if the gradient is not finite. The learning-rate schedule is the caller's.
     """
-    metrics = accumulate_gradients(model, examples, loss_fn, max_tokens, max_logits)
+    metrics = accumulate_gradients(model, examples, loss_fn, max_tokens, max_logits, temperature)
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
     if not math.isfinite(metrics["grad_norm"]):
         optimizer.zero_grad(set_to_none=True)

@@ -186,7 +186,8 @@ def describe(runs: pd.DataFrame, metric: str) -> str:
 def put_title(ax, title: str | None, caption: str) -> None:
     """The message over a panel and, smaller, what the reader must know; without a message only the latter."""
     width = ax.get_window_extent().width / ax.figure.dpi  # inches
-    lines = textwrap.fill(caption, max(int(17 * width), 20))
+    kept = caption.replace(" = ", "\xa0=\xa0")  # "T = 1" stays on one line
+    lines = textwrap.fill(kept, max(int(19 * width), 20)).replace("\xa0", " ")
     if title is None:
         ax.set_title(lines, fontsize=8, color="0.35")
     else:

@@ -55,7 +55,7 @@ class RunConflict(ValueError):
     """The folder belongs to another run; the message says what differs and what to do."""
 
 # %% ../nbs/E4_runs.ipynb #d1f40695
-def run_folder(config: dict | Config, root: Path | str | None = None) -> Path:
+def run_folder(config: "dict | Config", root: Path | str | None = None) -> Path:
     """`<root>/<family>_<track>/<variant>_seed<seed>`; `root` is by default `results/runs`.
 
     Raises ValueError if the configuration lacks one of the four, or a name would leave the folder.
@@ -70,7 +70,7 @@ def run_folder(config: dict | Config, root: Path | str | None = None) -> Path:
     return root / f"{config['family']}_{config['track']}" / f"{config['variant']}_seed{config['seed']}"
 
 # %% ../nbs/E4_runs.ipynb #2e2d1f72
-def policy_name(config: dict | Config) -> str:
+def policy_name(config: "dict | Config") -> str:
     """The name under which a run's policy is kept: that of its run folder."""
     return str(run_folder(config, "").as_posix())
 
@@ -362,7 +362,7 @@ def open_mirror(wandb, mode: str, **args) -> Any:
         say_once(f"wandb: no connection ({type(e).__name__}), so the mirror is kept offline; `wandb sync` sends it")
         return wandb.init(mode="offline", **args)
 
-
+# %% ../nbs/E4_runs.ipynb #959cc7a8
 def serve_mirror(queue: SimpleQueue, **args) -> None:
     """The mirror's thread: open the wandb run, pass on what comes, close it; one line says how."""
     try:
@@ -527,8 +527,8 @@ def save_checkpoint(run: Run, step: int, parts: dict, extra: dict | None = None,
 
     parts: by name, objects with `state_dict` and `load_state_dict` (model, optimizer, scheduler, …). extra: plain data.
     The generators' state is added. Atomic; the previous checkpoint is removed once this one is safe. after_s: do
-    nothing if fewer seconds have passed since the last one (or the start). Raises TypeError for data that could not be loaded
-    safely, ValueError for a step that has one, DiskFull (the previous one stays).
+    nothing if fewer seconds have passed since the last one (or the start). Raises TypeError for data that could not be
+    loaded safely, ValueError for a step that has one, DiskFull (the previous one stays).
     """
     if step <= run.step:
         raise ValueError(f"step {step} is not after the last checkpoint, of step {run.step}")
@@ -949,7 +949,8 @@ def index_line(family: Path, about: dict) -> str:
     name = about.get("notebook", "–")
     place = f"[{Path(name).stem}](../nbs/{name}), {about['heading']}" if about else "–"
     cells = [f"[{family.name}]({family.name})", about.get("question", "–"), place,
-             f"`{about['command']}`" if about else "–", count, ", ".join(machines), " to ".join(dict.fromkeys((dates[0], dates[-1])))]
+             f"`{about['command']}`" if about else "–", count, ", ".join(machines),
+             " to ".join(dict.fromkeys((dates[0], dates[-1])))]
     return f"| {' | '.join(cells)} |\n"
 
 # %% ../nbs/E4_runs.ipynb #8bcd12c7
