@@ -1,0 +1,222 @@
+"""The order of the house: how notebooks are stored, where their links lead, what the tree holds. Reads files only, runs nothing."""
+import ast
+import json
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = [*sorted((ROOT / "nbs").glob("*.ipynb")), ROOT / "README.ipynb"]
+KERNELSPEC = {"display_name": "python3", "language": "python", "name": "python3"}
+
+HANDOUT = """math_baseline tokenize_prompt_and_output compute_entropy get_response_log_probs masked_normalize sft_microbatch_train_step
+    log_generations sft_experiment expert_iteration_experiment compute_group_normalized_rewards compute_naive_policy_gradient_loss
+    compute_grpo_clip_loss compute_policy_gradient_loss masked_mean grpo_microbatch_train_step grpo_train_loop grpo_learning_rate grpo_baselines
+    think_about_length_normalization grpo_length_normalization grpo_group_standard_deviation grpo_off_policy grpo_off_policy_sweep
+    grpo_off_policy_clip_ablation grpo_prompt_ablation leaderboard
+    mmlu_baseline gsm8k_baseline alpaca_eval_baseline sst_baseline look_at_sft data_loading sft_script sft mmlu_sft gsm8k_sft alpaca_eval_sft
+    sst_sft red_teaming look_at_hh dpo_loss dpo_training""".split()
+
+TWICE = {"app", "main"}  # names that several modules may define: every command line has one of each
+
+NOT_FOR_READERS = [  # idioms, history and sources that a reader does not have, paths of a machine
+    r"told from", r"before that change", r"spec of §", r"grader-notes", r"(?<![\w.])/(?:work|root|home)/\w", r"/tmp/(?!\.\.\.)\w"]
+
+
+def text(value) -> str:
+    return value if isinstance(value, str) else "".join(value)
+
+
+def cells(path: Path, kind: str | None = None) -> list[tuple[int, dict]]:
+    found = enumerate(json.loads(path.read_text("utf-8"))["cells"])
+    return [(i, cell) for i, cell in found if kind in (None, cell["cell_type"])]
+
+
+def shown(path: Path) -> list[tuple[int, str, str]]:
+    """(cell, what it is, text) of all that a reader of the notebook sees as text."""
+    found = []
+    for i, cell in cells(path):
+        found.append((i, cell["cell_type"], text(cell["source"])))
+        for out in cell.get("outputs", []):
+            found.append((i, "output", text(out.get("text", ""))))
+            found += [(i, mime, text(data)) for mime, data in out.get("data", {}).items() if mime.startswith("text/")]
+    return found
+
+
+def anchors(path: Path) -> set[str]:
+    """Ids of headings: JupyterLab's (the heading's text, blanks as dashes) in a notebook, GitHub's in a Markdown file."""
+    source = path.read_text("utf-8") if path.suffix == ".md" else "\n\n".join(text(c["source"]) for _, c in cells(path, "markdown"))
+    source = re.sub(r"^```.*?^```", "", source, flags=re.M | re.S)
+    found = [re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", h).strip() for h in re.findall(r"^#{1,6} +(.+)$", source, re.M)]
+    if path.suffix == ".md":
+        return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in found}
+    return {h.replace(" ", "-") for h in found}
+
+
+def links(path: Path) -> list[tuple[str, str]]:
+    """(label, target) of every Markdown link to a file or a heading."""
+    texts = [path.read_text("utf-8")] if path.suffix == ".md" else [t for _, kind, t in shown(path) if kind in ("markdown", "text/markdown")]
+    found = [m for t in texts for m in re.findall(r"(?<!!)\[([^]\n]*)\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`(?!\])", "", t))]
+    return [(label, target) for label, target in found if not re.match(r"[a-z]+:", target)]
+
+
+def dead(path: Path) -> list[str]:
+    """Links of a file that lead nowhere."""
+    found = []
+    for _, target in links(path):
+        name, _, anchor = unquote(target).partition("#")
+        file = (path.parent / name).resolve() if name else path
+        if not file.exists() or (anchor and file.suffix in (".md", ".ipynb") and anchor not in anchors(file)):
+            found.append(target)
+    return found
+
+
+def each(paths):
+    return pytest.mark.parametrize("path", paths, ids=lambda p: p.name)
+
+
+@each(NOTEBOOKS)
+def test_opens_without_a_question(path):
+    assert json.loads(path.read_text("utf-8"))["metadata"] == {"kernelspec": KERNELSPEC}, "run .ci/run_notebooks --clean"
+
+
+@each(NOTEBOOKS)
+def test_stored_outputs(path):
+    for i, cell in cells(path, "code"):
+        kinds = [(out["output_type"], out.get("name")) for out in cell["outputs"]]
+        assert "error" not in [kind for kind, _ in kinds], f"cell {i} failed"
+        pieces = [a for a, b in zip(kinds, kinds[1:]) if a == b and a[0] == "stream"]
+        assert not pieces, f"cell {i}: a stream in pieces"
+        for out in cell["outputs"]:
+            data = out.get("data", {})
+            assert "widget-view" not in str([*data]), f"cell {i}: a widget"
+            assert not re.search(r"\d+%\|.*\|", text(out.get("text", "")) + text(data.get("text/plain", ""))), f"cell {i}: a progress bar"
+            assert not re.search(r'id="T_[0-9a-f]{5}"', text(data.get("text/html", ""))), f"cell {i}: a table with a random id"
+
+
+@each(NOTEBOOKS)
+def test_cells_fit_on_a_screen(path):
+    for i, cell in cells(path, "code"):
+        lines = text(cell["source"]).splitlines()
+        assert len(lines) <= 25, f"cell {i} has {len(lines)} lines"
+        wide = [f"{len(line)}: {line}" for line in lines if len(line) > 120]
+        assert not wide, f"cell {i}: {wide}"
+
+
+@each(NOTEBOOKS)
+def test_says_only_what_a_reader_can_follow(path):
+    found = [(i, m[0]) for i, kind, t in shown(path) if kind != "text/html" for p in NOT_FOR_READERS for m in [re.search(p, t)] if m]
+    assert not found
+
+
+@each([*NOTEBOOKS, *sorted(ROOT.glob("*.md")), ROOT / "data" / "README.md", ROOT / "results" / "README.md"])
+def test_no_dead_link(path):
+    assert not dead(path)
+
+
+def test_map_names_every_problem():
+    path = ROOT / "nbs" / "00_course_map.ipynb"
+    table, = [t for _, kind, t in shown(path) if kind == "text/markdown" and t.startswith("| problem |")]
+    rows = [row.split("|")[1:-1] for row in table.splitlines()[2:]]
+    named = [name for problems, *_ in rows for name in re.findall(r"`(\w+)`", problems)]
+    assert sorted(named) == sorted(HANDOUT)
+    for problems, place, status in rows:  # done and measured have a place, and what has none says so
+        assert "](" in place or status.strip().startswith("not yet"), problems
+    notebooks = {target.partition("#")[0] for _, target in links(path)}
+    assert {p.name for p in NOTEBOOKS[:-1] if p.name[0].isdigit()} - {path.name} <= notebooks
+
+
+def test_public_names_have_one_meaning():
+    owners = {}
+    for path in (ROOT / "cs336_alignment").glob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                   and not any(ast.unparse(d).startswith("app.") for d in node.decorator_list)}  # a command has its module before its name
+        defined |= {t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__" and isinstance(node.value, ast.List):
+                for name in ast.literal_eval(node.value):
+                    if name in defined:
+                        owners.setdefault(name, []).append(path.stem)
+    assert owners, "no module has an __all__"
+    twice = {name: sorted(where) for name, where in owners.items() if len(where) > 1 and name not in TWICE}
+    assert not twice, twice
+
+
+def upward(modules: dict[str, str], layers: list[str]) -> list[tuple[str, str]]:
+    """(module, what it imports later) where `later("cs336_alignment.…")`, which lint-imports does not see, goes up the layers."""
+    rank = {name: i for i, layer in enumerate(reversed(layers)) for name in re.findall(r"\w+", layer)}
+    found = [(module, name) for module, t in modules.items() for name in re.findall(r'later\("cs336_alignment\.(\w+)"\)', t)]
+    return [(module, name) for module, name in found if rank[name] >= rank[module]]
+
+
+def test_late_imports_keep_the_layers():
+    contract, = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    modules = {path.stem: path.read_text("utf-8") for path in (ROOT / "cs336_alignment").glob("*.py")}
+    assert not upward(modules, contract["layers"])
+    planted = {"inference": 'grpo = later("cs336_alignment.grpo")', "grpo": 'inference = later("cs336_alignment.inference")'}
+    assert upward(planted, contract["layers"]) == [("inference", "grpo")]
+
+
+def test_tree_is_small():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout  # nothing in a copy without git
+    files = [ROOT / name for name in tracked.split("\0") if name and (ROOT / name).is_file()]
+    assert len(files) <= 150
+    assert sum(file.stat().st_size for file in files) <= 15e6
+
+
+# The checks above can fail: each kind of disorder, made on purpose.
+def plant(tmp_path, *new_cells, metadata=None):
+    nb = {"cells": [{"id": str(i), "metadata": {}, **cell} for i, cell in enumerate(new_cells)],
+          "metadata": {"kernelspec": KERNELSPEC} if metadata is None else metadata, "nbformat": 4, "nbformat_minor": 5}
+    path = tmp_path / "00_planted.ipynb"
+    path.write_text(json.dumps(nb))
+    return path
+
+
+def code(source="1", *outputs):
+    return {"cell_type": "code", "source": source, "outputs": list(outputs)}
+
+
+def said(words, name="stdout"):
+    return {"output_type": "stream", "name": name, "text": words}
+
+
+def markdown(source):
+    return {"cell_type": "markdown", "source": source}
+
+
+DISORDER = {
+    "no kernelspec": (test_opens_without_a_question, [], {}),
+    "a stream in pieces": (test_stored_outputs, [code("1", said("a"), said("b"))], None),
+    "an error": (test_stored_outputs, [code("1", {"output_type": "error", "ename": "E", "evalue": "", "traceback": []})], None),
+    "a widget": (test_stored_outputs, [code("1", {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}}})], None),
+    "a bar": (test_stored_outputs, [code("1", said("  0%|          | 0/20 [00:00<?, ?it/s]", "stderr"))], None),
+    "a random id": (test_stored_outputs, [code("1", {"output_type": "execute_result", "data": {"text/html": '<table id="T_0a1b2">'}})], None),
+    "a wide line": (test_cells_fit_on_a_screen, [code("x" * 121)], None),
+    "a long cell": (test_cells_fit_on_a_screen, [code("x\n" * 26)], None),
+    "an idiom": (test_says_only_what_a_reader_can_follow, [markdown("cannot be told from zero")], None),
+    "a machine's path": (test_says_only_what_a_reader_can_follow, [code("1", said("saved to /tmp/tmpab12/x"))], None),
+    "a dead file": (test_no_dead_link, [markdown("[x](13_nothing.ipynb)")], None),
+    "a dead heading": (test_no_dead_link, [markdown("# Here\n[x](00_planted.ipynb#There)")], None),
+    "a dead link in an output": (test_no_dead_link, [code("1", {"output_type": "execute_result", "data": {"text/markdown": "[x](no.md)"}})], None),
+}
+
+
+@pytest.mark.parametrize("disorder", DISORDER)
+def test_disorder_is_seen(disorder, tmp_path):
+    check, new_cells, metadata = DISORDER[disorder]
+    with pytest.raises(AssertionError):
+        check(plant(tmp_path, *new_cells, metadata=metadata))
+
+
+def test_order_is_not_disorder(tmp_path):
+    path = plant(tmp_path, markdown("# Here we are\n## `f` *and* more\n[a](#Here-we-are) [b](00_planted.ipynb#f-and-more) [c](https://x.y)"),
+                 code("x" * 120, said("100% of 20", "stdout"), said("b", "stderr")))
+    for check in (test_opens_without_a_question, test_stored_outputs, test_cells_fit_on_a_screen, test_says_only_what_a_reader_can_follow,
+                  test_no_dead_link):
+        check(path)
