@@ -380,7 +380,7 @@ def same_values(answer: str, gold: str) -> bool | None:
 
 # %% ../nbs/03_rewards.ipynb #99b74cde
 def same_equation(answer: str, gold: str) -> bool | None:
-    """Do two equations differ by a constant factor only (2x = y and y - 2x = 0)? True, or None: they may still agree."""
+    """Do two equations differ by a constant factor only (2x = y and y - 2x = 0)? True, or None: they may agree."""
     sides = [text.split("=") for text in (answer, gold)]
     if any(len(pair) != 2 for pair in sides):
         return None
@@ -572,7 +572,7 @@ def _drop_names(answer: str, gold: str) -> tuple[str, str]:
 def _squeeze(text: str) -> str:
     return re.sub(r"(?<![0-9]) +| +(?![0-9])", "", re.sub(r"\{([A-Za-z0-9])\}", r"\1", text))
 
-
+# %% ../nbs/03_rewards.ipynb #eb44ffa3
 MAX_DEPTH = 40  # brackets within brackets
 
 
@@ -584,7 +584,7 @@ def nesting(text: str) -> int:
         deepest = max(deepest, depth)
     return deepest
 
-
+# %% ../nbs/03_rewards.ipynb #c02436d1
 def decide(answer: str, gold: str) -> tuple[bool | None, str]:
     """(verdict, rung that gave it) without algebra; the verdict is None on the rung "sympy": only algebra can tell."""
     if len(answer := answer.strip()) > MAX_CHARS and answer != gold.strip():

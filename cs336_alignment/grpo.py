@@ -44,8 +44,9 @@ def grpo_train_loop(config: GRPOConfig, policy: PreTrainedModel, tokenizer: PreT
     optimizer, micro = make_optimizer(policy, config.learning_rate), micro_batch_size(config)
     for step in range(1, config.n_grpo_steps + 1):
         rollouts, truths = sample_rollouts(config, engine, problems, step)  # o ~ π_old, a group's next to each other
-        A, r, metrics = compute_group_normalized_rewards(reward_fn, [o.text for o in rollouts], truths, config.group_size,
-                                                         config.advantage_eps, config.use_std_normalization)
+        A, r, metrics = compute_group_normalized_rewards(reward_fn, [o.text for o in rollouts], truths,
+                                                         config.group_size, config.advantage_eps,
+                                                         config.use_std_normalization)
         b = padded_batch([o.prompt_token_ids for o in rollouts], [o.token_ids for o in rollouts], pad_id(tokenizer))
         ids, labels, mask = (b[name].to(policy.device) for name in ("input_ids", "labels", "response_mask"))
         A, r = A[:, None].to(policy.device), r[:, None].to(policy.device)
@@ -55,8 +56,8 @@ def grpo_train_loop(config: GRPOConfig, policy: PreTrainedModel, tokenizer: PreT
         for rows in train_batches(config, step):
             for k in range(0, len(rows), micro):
                 m = rows[k:k + micro]
-                grpo_microbatch_train_step(log_probs(m), mask[m], len(rows) // micro, config.loss_type, r[m], A[m], old[m],
-                                           config.cliprange, length_constant(config))
+                grpo_microbatch_train_step(log_probs(m), mask[m], len(rows) // micro, config.loss_type, r[m], A[m],
+                                           old[m], config.cliprange, length_constant(config))
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step(), optimizer.zero_grad()
         engine.load_weights(policy)
@@ -175,7 +176,7 @@ def has_gradient(config: GRPOConfig, completion: Completion, advantage: float) -
 
 def weighted(config: GRPOConfig, examples: dict[int, Example], completions: Sequence[Completion],
              rows: list[int]) -> list[Example]:
-    """Those of a train batch that have a gradient, with their weights. rows: the batch's numbers among `completions`."""
+    """Those of a train batch that have a gradient, with their weights. rows: their numbers among `completions`."""
     lengths, masked = zip(*((len(completions[i].token_ids), masked_out(config, completions[i])) for i in rows))
     return [replace(examples[i], side=examples[i].side | {"weight": w * examples[i].side.get("importance", 1.0)})
             for i, w in zip(rows, token_weights(config, lengths, masked)) if i in examples]
@@ -233,7 +234,7 @@ LOGGED = {"loss": "loss", "grad_norm": "grad_norm", "entropy": "token_entropy", 
 
 
 def update_metrics(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the optimizer steps of a rollout batch; token_entropy, clip_fraction: over the responses trained on."""
+    """Means over the optimizer steps of a rollout batch; token_entropy, clip_fraction: over what was trained on."""
     done = [s for s in steps if s]
     means = {new: float(np.mean([s[old] for s in done])) for old, new in LOGGED.items() if done and old in done[0]}
     return means | {"updates": len(done), "skipped_updates": len(steps) - len(done)}

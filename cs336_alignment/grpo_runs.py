@@ -203,9 +203,8 @@ def run_grpo(config: GRPOConfig, engine: Engine | None = None, root: Path | str 
              compiled: bool = False, **engine_options) -> dict | None:
     """GRPO (handout §7.2, Algorithm 3) into the run folder of `config` below `root`; its summary, or None if stopped.
 
-    engine: with the policy's architecture, kept open; default: one is made with `engine_options` (replicas, …) and
-    closed. keep_policy: save the trained policy in the cache. pass_tokens: tokens per forward pass. compiled: compile
-    the policy's layers, which pays in long runs on a GPU. force, mirror: see `open_run`. Raises RunStopped, RunConflict.
+    engine: kept open; default: one is made with `engine_options` (replicas, …) and closed. keep_policy: save the policy
+    in the cache. compiled: its layers. force, mirror: see `open_run`. Raises RunStopped, RunConflict.
     """
     name = policy_name(asdict(config))
     with open_run(config, root, force, mirror) as run:

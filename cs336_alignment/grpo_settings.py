@@ -28,7 +28,7 @@ class HandoutSettings(Config):
     max_tokens: Positive = 1024
     epochs_per_rollout_batch: Positive = 1
     train_batch_size: Positive = 256
-    gradient_accumulation_steps: Positive = 128  # checked only: packed micro-batches are cut by tokens, and change nothing
+    gradient_accumulation_steps: Positive = 128  # of the literal loop; packed ones are cut by tokens
     loss_type: LossType = "reinforce_with_baseline"
     use_std_normalization: bool = True
     cliprange: Rate = 0.2

@@ -222,7 +222,9 @@ def fused_token_log_probs() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # %% ../nbs/E3_packed_training.ipynb #879707bb
 def head_log_probs(model: PreTrainedModel, hidden: Tensor, labels: Tensor,
                    temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`token_log_probs` of hidden states (N, H), of the policy at a temperature; on CUDA the float32 copy of the logits never reaches memory."""
+    """`token_log_probs` of hidden states (N, H), of the policy at a temperature.
+
+    On CUDA the float32 copy of the logits never reaches memory."""
     with mixed_precision(model):
         logits = model.get_output_embeddings()(hidden)
     if temperature != 1:
@@ -315,7 +317,8 @@ def accumulate_gradients(model: PreTrainedModel, examples: Sequence[Example], lo
                          temperature: float = 1.0) -> dict[str, float]:
     """Adds the gradient of a whole batch to `.grad`, in micro-batches of at most `max_tokens` tokens.
 
-    temperature: that the responses were sampled at; log-probs and entropy are of that policy. The result does not depend on `max_tokens` beyond rounding. Examples with an empty response are skipped. Returns the
+    temperature: that the responses were sampled at; log-probs and entropy are of that policy. The result does not
+    depend on `max_tokens` beyond rounding. Examples with an empty response are skipped. Returns the
     batch's `loss`; means over response tokens of `entropy`, `log_prob` and what `loss_fn` logs; counts.
     Raises ValueError if no response token is left, or a row exceeds `max_tokens` or the model's context.
     """

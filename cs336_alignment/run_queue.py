@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['grpo_runs', 'models', 'torch', 'vllm_engine', 'ENGINE', 'TEACHER', 'TRACED', 'GRPO_RATES', 'STAGES', 'Remembering',
-           'Worker', 'have_policy', 'best_of', 'tune', 'sizes', 'updates', 'gsm8k_config', 'gsm8k', 'trace_files',
-           'traces', 'quality', 'ei_tune', 'ei_configs', 'ei', 'ei_vary', 'benchmark', 'sweep_start', 'grpo_starts',
-           'grpo_rates', 'grpo_lr', 'grpo_run', 'work', 'run_seeds', 'publish_all', 'check_arguments', 'main',
-           'run_all_seeds']
+           'Worker', 'have_policy', 'best_of', 'tune', 'all_sizes', 'more_updates', 'gsm8k_config', 'gsm8k',
+           'trace_files', 'traces', 'quality', 'ei_tune', 'ei_configs', 'ei', 'ei_vary', 'benchmark', 'sweep_start',
+           'grpo_starts', 'grpo_rates', 'grpo_lr', 'grpo_run', 'work', 'run_seeds', 'publish_all', 'check_arguments',
+           'main', 'run_all_seeds']
 
 # %% ../nbs/E6_queue.ipynb #e48e5eb7
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -31,8 +31,8 @@ from .cli import later, stop
 from .data import load_problems, repo_root
 from .grpo_settings import GRPOConfig, grpo_config
 from .runs import policy_name, publish, run_folder, run_folders
-from .sft_math_reasoning import (SIZES, SFTConfig, best_tuning, filter_traces, make_traces, quality_configs, sft,
-                                                sft_config, tuning_configs, update_count)
+from .sft_math_reasoning import (SIZES, SFTConfig, best_tuning, filter_traces, make_traces,
+                                                quality_configs, sft, sft_config, tuning_configs, update_count)
 from .sft_math_reasoning_ei import expert_iteration, rate_configs, variation_configs
 
 grpo_runs, models, torch, vllm_engine = (later(name) for name in (
@@ -40,7 +40,7 @@ grpo_runs, models, torch, vllm_engine = (later(name) for name in (
 
 # %% ../nbs/E6_queue.ipynb #42789c61
 ENGINE = {"max_num_seqs": 512,  # in larger batches vLLM leaves CUDA graphs
-          "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, *range(32, 513, 32)]}}  # fewer: starts sooner
+          "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, *range(32, 513, 32)]}}  # few: a fast start
 
 
 class Remembering:
@@ -116,11 +116,20 @@ def have_policy(w: Worker, config, work=None) -> None:
     if policy_name(config) not in models.trained_policies():
         config, work = (config, work) if work else (replace(config, evaluations=1), sft)
         with FileLock(models.cache_dir() / f"again-{config.variant}_seed{config.seed}.lock"):
-            work(config, w.engine, w.root / "logs" / "again", keep=True, progress=False, compiled=w.compiled, checkpoint_s=60)
+            work(
+                config,
+                w.engine,
+                w.root / "logs" / "again",
+                keep=True,
+                progress=False,
+                compiled=w.compiled,
+                checkpoint_s=60,
+            )
 
 
 def best_of(w: Worker, configs: list, *names: str) -> dict:
-    """The settings `names` of the best of some tuning runs: those of this queue, for which it waits, or the published ones."""
+    """The settings `names` of the best of some tuning runs: those of this queue, for which it waits, or the published
+    ones."""
     summaries = [run_folder(c, w.root) / "summary.json" for c in configs]
     family = f"{configs[0].family}_{configs[0].track}"
     if not all(path.exists() for path in summaries) and (repo_root() / "results" / family / "runs.csv").exists():
@@ -139,14 +148,14 @@ def tune(w: Worker) -> None:
     print("tuned:", w.tuned(), flush=True)
 
 
-def sizes(w: Worker) -> None:
+def all_sizes(w: Worker) -> None:
     """All sizes; the largest first, and 1,024, where expert iteration begins."""
     configs = [sft_config(w.track, n, w.seed, **w.tuned()) for n in reversed(SIZES)]
     w.run(sft, configs[:2], keep=True)
     w.run(sft, configs[2:])
 
 
-def updates(w: Worker) -> None:
+def more_updates(w: Worker) -> None:
     """Few examples for as many updates as all of them get: is it the data, or the patience?"""
     few = 128 if w.track == "micro" else 1024
     config = sft_config(w.track, None, w.seed, **w.tuned())
@@ -194,7 +203,8 @@ def quality(w: Worker) -> None:
 
 # %% ../nbs/E6_queue.ipynb #3522598d
 def ei_tune(w: Worker) -> None:
-    """Learning rates of expert iteration on held-back problems; on the micro track also without a schedule, all seeds."""
+    """Learning rates of expert iteration on held-back problems; on the micro track also without a schedule, all
+    seeds."""
     if w.track == "micro":
         w.run(expert_iteration, rate_configs(w.track, seed=w.seed, schedules=("linear", "constant")))
         return
@@ -218,14 +228,16 @@ def ei(w: Worker) -> None:
 
 
 def ei_vary(w: Worker) -> None:
-    """G, the epochs and |D_b|, one at a time, those with the fewest rollouts first; the last policy is for `benchmark`."""
+    """G, the epochs and |D_b|, one at a time, those with the fewest rollouts first; the last policy is for
+    `benchmark`."""
     *others, largest = sorted(ei_configs(w)[1:], key=lambda c: c.questions * c.group_size)
     w.run(expert_iteration, others)
     w.run(expert_iteration, [largest], keep=True)
 
 # %% ../nbs/E6_queue.ipynb #a68f1f97
 def benchmark(w: Worker) -> None:
-    """Policies trained on GSM-Symbolic, all of it or by expert iteration with the most questions, evaluated without more
+    """Policies trained on GSM-Symbolic, all of it or by expert iteration with the most questions, evaluated without
+    more
     training on GSM8K and on templates never seen."""
     train = {"sft": (f"sft_experiments_{w.track}/nall", lambda: w.have(sft_config(w.track, None, w.seed, **w.tuned()))),
              "ei": (f"ei_{w.track}/Db2048", lambda: w.have(ei_configs(w)[-1], work=expert_iteration))}
@@ -244,7 +256,9 @@ GRPO_RATES = (1e-5, 2e-5, 4e-5, 8e-5)  # expert iteration loses at a constant 1e
 def sweep_start(w: Worker) -> SFTConfig:
     """The start policy of the sweep: 1,024 examples, none of them among the problems that the sweep is evaluated on."""
     held_back = grpo_config(w.track).n_eval
-    return sft_config(w.track, 1024, w.seeds[0], variant="n1024_unseen", eval_data="validation", n_eval=held_back, **w.tuned())
+    return sft_config(
+        w.track, 1024, w.seeds[0], variant="n1024_unseen", eval_data="validation", n_eval=held_back, **w.tuned()
+    )
 
 
 def grpo_starts(w: Worker, seed: int) -> dict[str, SFTConfig]:
@@ -280,18 +294,41 @@ def grpo_run(w: Worker, data: str, family: str = "grpo") -> None:
     begin = time.perf_counter()
     summary = grpo_runs.run_grpo(config, w.bare_engine, w.root, progress=False, compiled=w.compiled,
                                  pass_tokens=65_536 // len(w.seeds))
-    print(f"{policy_name(start)}: {summary['final']['answer_accuracy']:.1%} after GRPO, {time.perf_counter() - begin:.0f} s",
-          flush=True)
+    print(
+        f"{policy_name(start)}: {summary['final']['answer_accuracy']:.1%} after GRPO, {time.perf_counter() - begin:.0f} s",
+        flush=True,
+    )
 
 # %% ../nbs/E6_queue.ipynb #98cee155
-STAGES = {"tune": tune, "sft": sizes, "traces": traces, "ei_tune": ei_tune, "ei": ei, "ei_vary": ei_vary, "benchmark": benchmark,
-          "gsm8k": gsm8k, "quality": quality, "updates": updates, "grpo_lr": grpo_lr,
-          "grpo": partial(grpo_run, data="gsm_symbolic"), "grpo_gsm8k": partial(grpo_run, data="gsm8k"),
-          "grpo_alone": partial(grpo_run, data="gsm_symbolic", family="grpo_alone")}
+STAGES = {
+    "tune": tune,
+    "sft": all_sizes,
+    "traces": traces,
+    "ei_tune": ei_tune,
+    "ei": ei,
+    "ei_vary": ei_vary,
+    "benchmark": benchmark,
+    "gsm8k": gsm8k,
+    "quality": quality,
+    "updates": more_updates,
+    "grpo_lr": grpo_lr,
+    "grpo": partial(grpo_run, data="gsm_symbolic"),
+    "grpo_gsm8k": partial(grpo_run, data="gsm8k"),
+    "grpo_alone": partial(grpo_run, data="gsm_symbolic", family="grpo_alone"),
+}
 
 # %% ../nbs/E6_queue.ipynb #e142c339
-def work(seed: int, seeds: list[int], stages: list[str], track: str, root: Path, compiled: bool, replicas: int, share: float,
-         vllm: dict) -> None:
+def work(
+    seed: int,
+    seeds: list[int],
+    stages: list[str],
+    track: str,
+    root: Path,
+    compiled: bool,
+    replicas: int,
+    share: float,
+    vllm: dict,
+) -> None:
     """The stages of one seed, in this process."""
     failed, model = [], models.TRACKS[track].model
     with vllm_engine.shared_engine(model, replicas, replicas * share, **ENGINE | vllm) as engine:
@@ -309,7 +346,8 @@ def work(seed: int, seeds: list[int], stages: list[str], track: str, root: Path,
 
 
 def run_seeds(command: list[str], seeds: list[int], root: Path) -> dict[int, int]:
-    """A process for each seed, dealt out to the GPUs; the exit codes of those that failed. The first to fail stops those
+    """A process for each seed, dealt out to the GPUs; the exit codes of those that failed. The first to fail stops
+    those
     that wait."""
     gpus, processes, failed = torch.cuda.device_count(), {}, {}
     for k in seeds:
@@ -343,12 +381,19 @@ def check_arguments(stages: list[str], seeds: str, track: str) -> list[int]:
     return [int(s) for s in seeds.split(",")]
 
 # %% ../nbs/E6_queue.ipynb #9a98c331
-def main(stages: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(STAGES)}; default: all but grpo_alone")] = None,
-         track: str = "pocket", seeds: str = "0,1,2,3", root: Path = Path("results/runs"), compiled: bool | None = None,
-         replicas: Annotated[int, typer.Option(help="vLLM engines of each process")] = 1,
-         share: Annotated[float, typer.Option(help="of a GPU's memory, for each engine")] = 0.05,
-         vllm: Annotated[dict, typer.Option(parser=json.loads, help="more options for vLLM, as JSON")] = "{}",
-         seed: Annotated[int | None, typer.Option(help="only this one, in this process", hidden=True)] = None) -> None:
+def main(
+    stages: Annotated[
+        list[str] | None, typer.Argument(help=f"of {', '.join(STAGES)}; default: all but grpo_alone")
+    ] = None,
+    track: str = "pocket",
+    seeds: str = "0,1,2,3",
+    root: Path = Path("results/runs"),
+    compiled: bool | None = None,
+    replicas: Annotated[int, typer.Option(help="vLLM engines of each process")] = 1,
+    share: Annotated[float, typer.Option(help="of a GPU's memory, for each engine")] = 0.05,
+    vllm: Annotated[dict, typer.Option(parser=json.loads, help="more options for vLLM, as JSON")] = "{}",
+    seed: Annotated[int | None, typer.Option(help="only this one, in this process", hidden=True)] = None,
+) -> None:
     """Runs the stages; the output of each process goes to ROOT/logs/seed<k>.log."""
     stages = stages or [s for s in STAGES if s != "grpo_alone"]
     try:
@@ -358,8 +403,21 @@ def main(stages: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join
     compiled = torch.cuda.is_available() if compiled is None else compiled
     if seed is not None:
         return work(seed, numbers, stages, track, root, compiled, replicas, share, vllm)
-    options = ["--track", track, "--seeds", seeds, "--root", str(root), "--replicas", str(replicas), "--share", str(share),
-               "--vllm", json.dumps(vllm), "--compiled" if compiled else "--no-compiled"]
+    options = [
+        "--track",
+        track,
+        "--seeds",
+        seeds,
+        "--root",
+        str(root),
+        "--replicas",
+        str(replicas),
+        "--share",
+        str(share),
+        "--vllm",
+        json.dumps(vllm),
+        "--compiled" if compiled else "--no-compiled",
+    ]
     sys.exit(run_all_seeds([sys.executable, str(Path(__file__)), *stages, *options], numbers, root))
 
 

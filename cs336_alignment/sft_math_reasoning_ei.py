@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inference', 'models', 'packing', 'EI_PRESETS', 'VARIATIONS', 'EI_RATES', 'app', 'EIConfig', 'ei_config',
            'sample_groups', 'select_correct', 'rate_factor', 'finetune', 'ei_step', 'ei_steps', 'expert_iteration',
-           'variation_configs', 'rate_configs', 'command_config', 'main', 'sweep']
+           'variation_configs', 'rate_configs', 'ei_command_config', 'main', 'sweep']
 
 # %% ../nbs/09_expert_iteration.ipynb #163b46d7
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -23,9 +23,9 @@ import typer
 from .cli import Changes, GpuShare, Replicas, Root, Seeds, TrackName, later, parse_changes, told
 from .data import Problem, fill_prompt, load_prompt
 from .drgrpo_grader import grade_batch, reward_fn_of
-from .runs import (Config, NonNegative, Positive, Rate, batch_indices, finish_run, log_metrics, make_config,
-                                  open_run, policy_name, restore_checkpoint, save_checkpoint, seed_everything,
-                                  training_steps, variant_name)
+from .runs import (Config, NonNegative, Positive, Rate, batch_indices, finish_run, log_metrics,
+                                  make_config, open_run, policy_name, restore_checkpoint, save_checkpoint,
+                                  seed_everything, training_steps, variant_name)
 from .sft_math_reasoning import evaluate_and_log, run_all, sft_problems, track_of
 
 inference, models, packing = (later(f"cs336_alignment.{name}") for name in ("inference", "models", "packing"))
@@ -33,7 +33,8 @@ inference, models, packing = (later(f"cs336_alignment.{name}") for name in ("inf
 # %% ../nbs/09_expert_iteration.ipynb #634d4a78
 @dataclass(frozen=True)
 class EIConfig(Config):
-    """Settings of an expert-iteration run (handout §5). Raises ValueError for a value of another type or out of range."""
+    """Settings of an expert-iteration run (handout §5). Raises ValueError for a value of another type or out of
+    range."""
     model: str  # the start policy, for `model_dir`
     data: str  # questions, for `load_problems`
     prompt: str
@@ -76,7 +77,8 @@ def ei_config(track: str = "pocket", seed: int = 0, **changes) -> EIConfig:
 
 # %% ../nbs/09_expert_iteration.ipynb #bae176dc
 def sample_groups(engine, problems: list[Problem], config: EIConfig, step: int) -> list[list["inference.Completion"]]:
-    """`group_size` responses to each problem, at the run's temperature; seeded by the run's seed and the step, if at all."""
+    """`group_size` responses to each problem, at the run's temperature; seeded by the run's seed and the step, if at
+    all."""
     template, seed = load_prompt(config.prompt), 1_000_003 * config.seed + 500_000 + step
     sampling = inference.SamplingParams(
         n=config.group_size, temperature=config.temperature, max_tokens=config.max_tokens, min_tokens=4, logprobs=None,
@@ -97,9 +99,14 @@ def select_correct(groups: list[list["inference.Completion"]], problems: list[Pr
     solved = [any(right[i:i + size]) for i in range(0, len(flat), size)]
     kept = [c for c, is_right in zip(flat, right) if is_right]
     distinct = {(*c.prompt_token_ids, -1, *c.token_ids) for c in kept}
-    metrics = {"answer_accuracy": sum(r["answer_reward"] for r in rewards) / len(flat), "share_solved": sum(solved) / len(solved),
-               "format_rate": sum(r["format_reward"] for r in rewards) / len(flat), "kept": len(kept),
-               "distinct": len(distinct), "mean_tokens": sum(len(c.token_ids) for c in flat) / len(flat)}
+    metrics = {
+        "answer_accuracy": sum(r["answer_reward"] for r in rewards) / len(flat),
+        "share_solved": sum(solved) / len(solved),
+        "format_rate": sum(r["format_reward"] for r in rewards) / len(flat),
+        "kept": len(kept),
+        "distinct": len(distinct),
+        "mean_tokens": sum(len(c.token_ids) for c in flat) / len(flat),
+    }
     ids = lambda c: packing.ended(c.token_ids, tokenizer) if tokenizer else c.token_ids
     return [packing.Example(c.prompt_token_ids, ids(c)) for c in kept], {f"train/{k}": v for k, v in metrics.items()}
 
@@ -107,7 +114,8 @@ def select_correct(groups: list[list["inference.Completion"]], problems: list[Pr
 def rate_factor(schedule: str, i: int, updates: int) -> float:
     """What the learning rate of update i (from 0) of an expert-iteration step is multiplied by.
 
-    "linear": up over the first tenth, then down towards zero, as in a finetuning run of its own; "constant": 1. Unlike in
+    "linear": up over the first tenth, then down towards zero, as in a finetuning run of its own; "constant": 1.
+    Unlike in
     transformers' schedule no update has the rate 0: a step has only a dozen of them.
     """
     return 1.0 if schedule == "constant" else min((i + 1) / math.ceil(updates / 10), (updates - i) / updates)
@@ -120,8 +128,13 @@ def finetune(model, optimizer, examples: list["packing.Example"], config: EIConf
     for i in range(updates):
         optimizer.param_groups[0]["lr"] = config.learning_rate * rate_factor(config.schedule, i, updates)
         rows = batch_indices(i * size, size, len(examples), 1_000_003 * config.seed + step)
-        metrics = packing.train_step(model, optimizer, packing.sft_examples([examples[r] for r in rows]), packing.sft_loss,
-                                     max_grad_norm=config.max_grad_norm)
+        metrics = packing.train_step(
+            model,
+            optimizer,
+            packing.sft_examples([examples[r] for r in rows]),
+            packing.sft_loss,
+            max_grad_norm=config.max_grad_norm,
+        )
         for name in ("loss", "entropy", "grad_norm", "tokens"):
             sums[name] += metrics[name]
     if updates == 0:
@@ -164,11 +177,20 @@ def ei_steps(run, config: EIConfig, engine, model, tokenizer, problems: list[Pro
         save_checkpoint(run, step, parts, after_s=checkpoint_s)
 
 # %% ../nbs/09_expert_iteration.ipynb #9aec152e
-def expert_iteration(config: EIConfig, engine=None, root: Path | str | None = None, force: bool = False, keep: bool = True,
-                     progress: bool | None = None, compiled: bool = False, checkpoint_s: float = 0.0) -> dict:
+def expert_iteration(
+    config: EIConfig,
+    engine=None,
+    root: Path | str | None = None,
+    force: bool = False,
+    keep: bool = True,
+    progress: bool | None = None,
+    compiled: bool = False,
+    checkpoint_s: float = 0.0,
+) -> dict:
     """Algorithm 2 as `config` (from `ei_config`) says; returns the run's summary; a finished run is read.
 
-    engine, keep, compiled, checkpoint_s: as for `sft`. A killed run continues from its last checkpoint. Raises DataError,
+    engine, keep, compiled, checkpoint_s: as for `sft`. A killed run continues from its last checkpoint. Raises
+    DataError,
     DataMissing, ModelMissing (train the start policy first), RunConflict.
     """
     problems, held_out = sft_problems(config)
@@ -186,36 +208,60 @@ def expert_iteration(config: EIConfig, engine=None, root: Path | str | None = No
         return finish_run(run)
 
 # %% ../nbs/09_expert_iteration.ipynb #f8e441f0
-VARIATIONS = {"group_size": ("G", (2, 4, 8)), "epochs": ("epochs", (1, 2, 4))}  # |D_b|: the base's, twice and four times it
+VARIATIONS = {
+    "group_size": ("G", (2, 4, 8)),
+    "epochs": ("epochs", (1, 2, 4)),
+}  # |D_b|: the base's, twice and four times it
 
 
 def variation_configs(track: str = "pocket", seed: int = 0, **changes) -> list[EIConfig]:
     """The base configuration, and one for each other value of G, epochs and |D_b| (handout §5)."""
     base = ei_config(track, seed, **changes)
     sizes = {"questions": ("Db", tuple(k * base.questions for k in (1, 2, 4)))}
-    others = [replace(base, **{"variant": f"{short}{value}", name: value})
-              for name, (short, values) in (VARIATIONS | sizes).items() for value in values if value != getattr(base, name)]
+    others = [
+        replace(base, **{"variant": f"{short}{value}", name: value})
+        for name, (short, values) in (VARIATIONS | sizes).items()
+        for value in values
+        if value != getattr(base, name)
+    ]
     return [base, *others]
 
 # %% ../nbs/09_expert_iteration.ipynb #4c37af52
 EI_RATES = {"micro": (3e-4, 1e-3), "pocket": (2e-5, 5e-5, 1e-4, 2e-4), "course": (5e-6, 1e-5, 2e-5)}
 
 
-def rate_configs(track: str, model: str | None = None, seed: int = 0, schedules=("linear",), **changes) -> list[EIConfig]:
+def rate_configs(
+    track: str, model: str | None = None, seed: int = 0, schedules=("linear",), **changes
+) -> list[EIConfig]:
     """One run for each learning rate and schedule, evaluated on held-back training problems, which the start policy
     `model` (default: the track's) must not have been trained on."""
     start = {"model": model} if model else {}
-    return [ei_config(track, seed, **start | {"family": "ei_tuning", "variant": f"{schedule}_lr{rate:g}",
-                                              "learning_rate": rate, "schedule": schedule, "eval_data": "validation"} | changes)
-            for schedule in schedules for rate in EI_RATES[track]]
+    return [
+        ei_config(
+            track,
+            seed,
+            **start
+            | {
+                "family": "ei_tuning",
+                "variant": f"{schedule}_lr{rate:g}",
+                "learning_rate": rate,
+                "schedule": schedule,
+                "eval_data": "validation",
+            }
+            | changes,
+        )
+        for schedule in schedules
+        for rate in EI_RATES[track]
+    ]
 
 # %% ../nbs/09_expert_iteration.ipynb #c21a2da0
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
                   help="Expert iteration on mathematics problems (CS336 assignment 5, §5).")
 
 # %% ../nbs/09_expert_iteration.ipynb #004a143f
-def command_config(track: str, seed: int, changes: dict) -> EIConfig:
-    """The configuration that the command's options describe. Without a variant the name says what differs from the preset."""
+def ei_command_config(track: str, seed: int, changes: dict) -> EIConfig:
+    """The configuration that the command's options describe. Without a variant the name says what differs from the
+    preset."""
     plain = asdict(ei_config(track, seed))
     differs = {k: v for k, v in changes.items() if k not in ("family", "variant") and plain.get(k, v) != v}
     return ei_config(track, seed, **{"variant": variant_name(differs, "base")} | changes)
@@ -228,7 +274,7 @@ def main(ctx: typer.Context, track: TrackName = "pocket", seed: int = 0, set_: C
     if ctx.invoked_subcommand:
         return
     with told():  # mistakes show before anything is loaded
-        config = command_config(track, seed, parse_changes(set_))
+        config = ei_command_config(track, seed, parse_changes(set_))
         sft_problems(config), load_prompt(config.prompt), models.model_dir(config.model)
     with told():
         run_all([config], root, force, True, replicas, gpu_memory_utilization, expert_iteration)

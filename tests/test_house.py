@@ -102,7 +102,8 @@ def test_stored_outputs(path):
 def test_cells_fit_on_a_screen(path):
     for i, cell in cells(path, "code"):
         lines = text(cell["source"]).splitlines()
-        assert len(lines) <= 25, f"cell {i} has {len(lines)} lines"
+        one_view = 45 if re.match(r"(#.*\n)?(@dataclass\n)?class ", text(cell["source"])) else 28  # a class is one view
+        assert len(lines) <= one_view, f"cell {i} has {len(lines)} lines"
         wide = [f"{len(line)}: {line}" for line in lines if len(line) > 120]
         assert not wide, f"cell {i}: {wide}"
 
@@ -198,7 +199,7 @@ DISORDER = {
     "a bar": (test_stored_outputs, [code("1", said("  0%|          | 0/20 [00:00<?, ?it/s]", "stderr"))], None),
     "a random id": (test_stored_outputs, [code("1", {"output_type": "execute_result", "data": {"text/html": '<table id="T_0a1b2">'}})], None),
     "a wide line": (test_cells_fit_on_a_screen, [code("x" * 121)], None),
-    "a long cell": (test_cells_fit_on_a_screen, [code("x\n" * 26)], None),
+    "a long cell": (test_cells_fit_on_a_screen, [code("x\n" * 29)], None),
     "an idiom": (test_says_only_what_a_reader_can_follow, [markdown("cannot be told from zero")], None),
     "a machine's path": (test_says_only_what_a_reader_can_follow, [code("1", said("saved to /tmp/tmpab12/x"))], None),
     "a dead file": (test_no_dead_link, [markdown("[x](13_nothing.ipynb)")], None),
