@@ -173,7 +173,7 @@ def gsm8k(w: Worker) -> None:
     """GSM8K's own 7,473 worked solutions, evaluated on its test set."""
     w.run(sft, [gsm8k_config(w)], keep=True)
 
-
+# %% ../nbs/E6_queue.ipynb #7958eaf5
 def trace_files(w: Worker) -> list[Path]:
     """Where the teacher's traces are, and those of them that are right."""
     raw = Path("data") / "traces" / f"{w.track}.jsonl"
@@ -221,7 +221,7 @@ def ei_configs(w: Worker) -> list:
     w.have(sft_config(w.track, 1024, w.seed, **w.tuned()), needed=w.track != "micro")
     return variation_configs(w.track, w.seed, **best)
 
-
+# %% ../nbs/E6_queue.ipynb #6fc0c1a0
 def ei(w: Worker) -> None:
     """Five steps of expert iteration."""
     w.run(expert_iteration, ei_configs(w)[:1])

@@ -80,22 +80,9 @@ def sft_config(track: str = "pocket", n_train: int | None = None, seed: int = 0,
     `traces`. Raises ValueError for an unknown track or setting, or a value that does not fit.
     """
     preset = track_of(track)
-    settings = dict(
-        family="sft_experiments",
-        track=track,
-        variant=f"n{n_train or 'all'}",
-        seed=seed,
-        model=preset.model,
-        data=preset.train,
-        traces=None,
-        n_train=n_train,
-        prompt=preset.prompt,
-        eval_data=preset.test,
-        temperature=1.0,
-        evaluations=4,
-        warmup=0.05,
-        max_grad_norm=1.0,
-    )
+    settings = dict(family="sft_experiments", track=track, variant=f"n{n_train or 'all'}", seed=seed,
+                    model=preset.model, data=preset.train, traces=None, n_train=n_train, prompt=preset.prompt, eval_data=preset.test,
+                    temperature=1.0, evaluations=4, warmup=0.05, max_grad_norm=1.0)
     return make_config(SFTConfig, **settings | SFT_PRESETS[track] | changes)
 
 # %% ../nbs/08_sft.ipynb #eda9b2c3
