@@ -256,16 +256,15 @@ GRPO_RATES = (1e-5, 2e-5, 4e-5, 8e-5)  # expert iteration loses at a constant 1e
 def sweep_start(w: Worker) -> SFTConfig:
     """The start policy of the sweep: 1,024 examples, none of them among the problems that the sweep is evaluated on."""
     held_back = grpo_config(w.track).n_eval
-    return sft_config(
-        w.track, 1024, w.seeds[0], variant="n1024_unseen", eval_data="validation", n_eval=held_back, **w.tuned()
-    )
+    return sft_config(w.track, 1024, w.seeds[0], variant="n1024_unseen", eval_data="validation", n_eval=held_back,
+                      **w.tuned())
 
 
 def grpo_starts(w: Worker, seed: int) -> dict[str, SFTConfig]:
     """What GRPO starts from: a policy of 1,024 examples, since all might be known by heart; one of all of GSM8K."""
     return {"gsm_symbolic": sft_config(w.track, 1024, seed, **w.tuned()), "gsm8k": replace(gsm8k_config(w), seed=seed)}
 
-
+# %% ../nbs/E6_queue.ipynb #097bc6a0
 def grpo_rates(w: Worker) -> list[GRPOConfig]:
     """The runs of the sweep."""
     return [grpo_config(w.track, family="grpo_lr_sweep", variant=f"lr{rate:g}", seed=w.seeds[0], learning_rate=rate,
@@ -294,10 +293,8 @@ def grpo_run(w: Worker, data: str, family: str = "grpo") -> None:
     begin = time.perf_counter()
     summary = grpo_runs.run_grpo(config, w.bare_engine, w.root, progress=False, compiled=w.compiled,
                                  pass_tokens=65_536 // len(w.seeds))
-    print(
-        f"{policy_name(start)}: {summary['final']['answer_accuracy']:.1%} after GRPO, {time.perf_counter() - begin:.0f} s",
-        flush=True,
-    )
+    print(f"{policy_name(start)}: {summary['final']['answer_accuracy']:.1%} after GRPO,",
+          f"{time.perf_counter() - begin:.0f} s", flush=True)
 
 # %% ../nbs/E6_queue.ipynb #98cee155
 STAGES = {

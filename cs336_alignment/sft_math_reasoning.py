@@ -81,8 +81,8 @@ def sft_config(track: str = "pocket", n_train: int | None = None, seed: int = 0,
     """
     preset = track_of(track)
     settings = dict(family="sft_experiments", track=track, variant=f"n{n_train or 'all'}", seed=seed,
-                    model=preset.model, data=preset.train, traces=None, n_train=n_train, prompt=preset.prompt, eval_data=preset.test,
-                    temperature=1.0, evaluations=4, warmup=0.05, max_grad_norm=1.0)
+                    model=preset.model, data=preset.train, traces=None, n_train=n_train, prompt=preset.prompt,
+                    eval_data=preset.test, temperature=1.0, evaluations=4, warmup=0.05, max_grad_norm=1.0)
     return make_config(SFTConfig, **settings | SFT_PRESETS[track] | changes)
 
 # %% ../nbs/08_sft.ipynb #eda9b2c3
@@ -208,9 +208,8 @@ def run_all(configs: list[Config], root=None, force=False, keep=False, replicas=
     with vllm_engine.shared_engine(configs[0].model, replicas, gpu_memory_utilization) as engine:
         summaries = [(work or sft)(config, engine, root, force, keep) for config in configs]
     for config, s in zip(configs, summaries):
-        print(
-            f"{policy_name(asdict(config))}: {s['final']['answer_accuracy']:.1%} of {s['n_eval']} right after {s['steps']} updates"
-        )
+        print(f"{policy_name(asdict(config))}: {s['final']['answer_accuracy']:.1%} of {s['n_eval']} right "
+              f"after {s['steps']} updates")
     return summaries
 
 # %% ../nbs/08_sft.ipynb #4290341a

@@ -178,7 +178,8 @@ def ei_steps(run, config: EIConfig, engine, model, tokenizer, problems: list[Pro
 
 # %% ../nbs/09_expert_iteration.ipynb #9aec152e
 def expert_iteration(config: EIConfig, engine=None, root: Path | str | None = None, force: bool = False,
-                     keep: bool = True, progress: bool | None = None, compiled: bool = False, checkpoint_s: float = 0.0) -> dict:
+                     keep: bool = True, progress: bool | None = None, compiled: bool = False,
+                     checkpoint_s: float = 0.0) -> dict:
     """Algorithm 2 as `config` (from `ei_config`) says; returns the run's summary; a finished run is read.
 
     engine, keep, compiled, checkpoint_s: as for `sft`. A killed run continues from its last checkpoint. Raises
