@@ -126,7 +126,7 @@ def have_policy(w: Worker, config, work=None) -> None:
                 checkpoint_s=60,
             )
 
-
+# %% ../nbs/E6_queue.ipynb #710a69be
 def best_of(w: Worker, configs: list, *names: str) -> dict:
     """The settings `names` of the best of some tuning runs: those of this queue, for which it waits, or the published
     ones."""
@@ -179,7 +179,7 @@ def trace_files(w: Worker) -> list[Path]:
     raw = Path("data") / "traces" / f"{w.track}.jsonl"
     return [raw, raw.with_name(f"{raw.stem}_filtered.jsonl")]
 
-
+# %% ../nbs/E6_queue.ipynb #242711f2
 def traces(w: Worker) -> None:
     """The first process has the teacher solve training problems, and keeps what is right in a second file."""
     raw, filtered = trace_files(w)
@@ -194,7 +194,7 @@ def traces(w: Worker) -> None:
     print("traces:", make_traces(engine, problems, config.prompt, raw, config.max_tokens, progress=False))
     print("filtered:", filter_traces(raw, filtered), flush=True)
 
-
+# %% ../nbs/E6_queue.ipynb #710a4a03
 def quality(w: Worker) -> None:
     """Raw traces of a trained teacher, as many of them as are right, and those that are right."""
     w.wait_for(trace_files(w))
@@ -341,7 +341,7 @@ def work(
             print(f"== {stage}: {time.perf_counter() - begin:.0f} s", flush=True)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
-
+# %% ../nbs/E6_queue.ipynb #0fed79a4
 def run_seeds(command: list[str], seeds: list[int], root: Path) -> dict[int, int]:
     """A process for each seed, dealt out to the GPUs; the exit codes of those that failed. The first to fail stops
     those
@@ -400,24 +400,11 @@ def main(
     compiled = torch.cuda.is_available() if compiled is None else compiled
     if seed is not None:
         return work(seed, numbers, stages, track, root, compiled, replicas, share, vllm)
-    options = [
-        "--track",
-        track,
-        "--seeds",
-        seeds,
-        "--root",
-        str(root),
-        "--replicas",
-        str(replicas),
-        "--share",
-        str(share),
-        "--vllm",
-        json.dumps(vllm),
-        "--compiled" if compiled else "--no-compiled",
-    ]
+    options = ["--track", track, "--seeds", seeds, "--root", str(root), "--replicas", str(replicas),
+               "--share", str(share), "--vllm", json.dumps(vllm), "--compiled" if compiled else "--no-compiled"]
     sys.exit(run_all_seeds([sys.executable, str(Path(__file__)), *stages, *options], numbers, root))
 
-
+# %% ../nbs/E6_queue.ipynb #58457958
 def run_all_seeds(command: list[str], seeds: list[int], root: Path) -> int:
     """Runs the processes, shows the ends of the logs of those that failed, publishes; the exit status."""
     (root / "logs").mkdir(parents=True, exist_ok=True)

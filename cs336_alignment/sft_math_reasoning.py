@@ -226,21 +226,10 @@ def make_traces(engine, problems: list[Problem], prompt: str, out: Path | str, m
     texts = [group[0].text for group in groups]
     rewards = grade_batch(r1_zero_reward_fn, texts, [p.ground_truth for p in problems])
     kept = [(p, text, r) for p, text, r in zip(problems, texts, rewards) if r["format_reward"]]
-    write_text(
-        out,
-        "".join(
-            json.dumps(
-                {
-                    "problem": p.question,
-                    "reasoning_trace": text,
-                    "expected_answer": p.ground_truth,
-                    "extracted_answer": text.rpartition("<answer>")[2].partition("</answer>")[0].strip(),
-                }
-            )
-            + "\n"
-            for p, text, _ in kept
-        ),
-    )
+    rows = [{"problem": p.question, "reasoning_trace": text, "expected_answer": p.ground_truth,
+             "extracted_answer": text.rpartition("<answer>")[2].partition("</answer>")[0].strip()}
+            for p, text, _ in kept]
+    write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
     right = sum(r["reward"] == 1 for *_, r in kept)
     return {"sampled": len(texts), "without_tags": len(texts) - len(kept), "right": right, "wrong": len(kept) - right}
 
@@ -351,7 +340,7 @@ def main(
         run_all([config], root, force, True, replicas, gpu_memory_utilization)
     print(f"policy: {policy_name(asdict(config))} (a name for --model)")
 
-
+# %% ../nbs/08_sft.ipynb #77197512
 @app.command()
 def sweep(
     track: TrackName = "pocket",
@@ -386,7 +375,7 @@ def tune(
         configs = [c for s in seed for c in tuning_configs(track, n_train=n, seed=s, **parse_changes(set_))]
         run_all(configs, root, force, False, replicas, gpu_memory_utilization)
 
-
+# %% ../nbs/08_sft.ipynb #44f8cc05
 @app.command()
 def quality(
     raw: Path,
@@ -409,7 +398,7 @@ def quality(
 TRACE_FILE = Path("data/math12k/sft_gpt-oss-120b.jsonl")  # the seed's file names
 FILTERED_FILE = Path("data/math12k/sft/sft_gpt-oss-120b_filtered.jsonl")
 
-
+# %% ../nbs/08_sft.ipynb #ccf3116f
 @app.command("filter")
 def filter_command(path: Path = typer.Argument(TRACE_FILE), out: Path = typer.Argument(FILTERED_FILE)):
     """Copy the traces whose answer is right from PATH to OUT."""
@@ -418,7 +407,7 @@ def filter_command(path: Path = typer.Argument(TRACE_FILE), out: Path = typer.Ar
     print(f"{out}: {counts['kept']:,} of {counts['read']:,} traces; left out: {counts['wrong']:,} wrong, "
           f"{counts['without_tags']:,} without tags")
 
-
+# %% ../nbs/08_sft.ipynb #85f4aa76
 @app.command()
 def traces(
     model: str,
