@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 # The model is tiny: one thread is fastest, and waiting threads should not spin. OpenMP reads this at the first import.
@@ -28,11 +28,11 @@ except importlib.metadata.PackageNotFoundError:
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
-from cs336_alignment import grpo
+from cs336_alignment import grpo_runs, grpo_settings
 from cs336_alignment.data import fill_prompt, load_prompt, micro_problems
 from cs336_alignment.inference import SamplingParams, TransformersEngine, named_weights
 from cs336_alignment.models import load_policy
-from cs336_alignment.runs import read_metrics
+from cs336_alignment.runs import read_metrics, run_folder
 from cs336_alignment.vllm_engine import VLLMEngine, ask_replicas, forget_prefixes, make_engine, vllm_params
 
 PROMPTS = [fill_prompt(load_prompt("micro"), p.question) for p in micro_problems(16, seed=1, split="test")]
@@ -196,13 +196,13 @@ def test_more_seeded_prompts_than_one_batch_of_prefill(engine):
 @pytest.mark.parametrize("overlap", [False, True])
 def test_grpo_samples_with_the_trainers_weights_or_with_overlap_those_of_a_step_before(engine, policy, tmp_path, overlap):
     """The engine's log-probs tell with whose weights it sampled."""
-    config = grpo.grpo_config("micro", n_grpo_steps=4, eval_every=2, n_eval=16, rollout_batch_size=64, train_batch_size=64,
+    config = grpo_settings.grpo_config("micro", n_grpo_steps=4, eval_every=2, n_eval=16, rollout_batch_size=64, train_batch_size=64,
                               seeded_rollouts=False, overlap=overlap)
     try:
-        grpo.train(config, engine, tmp_path, progress=False, mirror=False, keep_policy=False)
+        grpo_runs.run_grpo(config, engine, tmp_path, progress=False, mirror=False, keep_policy=False)
     finally:
         engine.load_weights(policy[0])
-    lines = {line["step"]: line for line in read_metrics(tmp_path / "grpo_micro" / "default_seed0")}
+    lines = {line["step"]: line for line in read_metrics(run_folder(asdict(config), tmp_path))}
     gaps = [lines[step]["train/engine_gap_max"] for step in (2, 4)]
     assert min(gaps) > 1e-3 if overlap else max(gaps) < 1e-3, gaps
     assert sum(line.get("train/updates", 0) for line in lines.values()) == 4
@@ -270,7 +270,7 @@ def test_close_gives_the_memory_back(engine, groups):
 
 
 def test_the_bench_of_a_step_measures_both_sides_and_any_number_of_engines(tmp_path):
-    bench, out = Path(grpo.__file__).parent.parent / "bench" / "grpo_step.py", tmp_path / "step.json"
+    bench, out = Path(grpo_runs.__file__).parent.parent / "bench" / "grpo_step.py", tmp_path / "step.json"
     command = [sys.executable, str(bench), "--small", "--replicas", "2", "--steps", "2", "--out", str(out)]
     done = subprocess.run([*command, "--vllm", '{"enforce_eager": true}'], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -278,14 +278,15 @@ def test_the_bench_of_a_step_measures_both_sides_and_any_number_of_engines(tmp_p
     for setting in (result["pocket"], result["course"]):
         literal, *ours = setting["variants"]
         assert all("error" not in row for row in (literal, *ours)), setting
-        assert {*literal["phases_s"]} - {"optimizer"} == {"rollout", "update", "sync"} == {*ours[0]["phases_s"]}
+        assert {*literal["phases_s"]} == {"rollout", "update", "sync"}
+        assert {*ours[0]["phases_s"]} == {"rollout", "reward", "old", "update", "sync"}
         assert setting["engine_options"]["enforce_eager"]
         assert len(setting["speedups"]) == len(ours) == 2
     assert [list(result[name]["rollout_s_by_engines"]) for name in ("pocket", "course")] == [["1", "2"], []]
 
 
 def test_the_bench_of_the_engine_runs_small_with_every_part_that_needs_no_gpu(tmp_path):
-    bench, out = Path(grpo.__file__).parent.parent / "bench" / "engine_throughput.py", tmp_path / "engine.json"
+    bench, out = Path(grpo_runs.__file__).parent.parent / "bench" / "engine_throughput.py", tmp_path / "engine.json"
     done = subprocess.run([sys.executable, str(bench), "--small", "--out", str(out)], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     result = json.loads(out.read_text())
