@@ -64,17 +64,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from cs336_alignment.cli import bench_refusal
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def refusal(options) -> str | None:
     """Why nothing may be run with these options, in a line; None if it may."""
-    published = options.out.resolve() == PUBLISHED
-    if DEVICE == "cpu" and (published or not options.small):
-        return "no GPU here, so there is nothing to measure. For a smoke test: --small --out FILE"
-    if options.small and published:
-        return "--small measures nothing: not to be kept among the results. Name another --out"
-    return None
+    return bench_refusal(options.small, options.out, PUBLISHED, DEVICE == "cuda")
 
 
 if OPTIONS and (problem := refusal(OPTIONS)):  # before more slow imports

@@ -342,10 +342,9 @@ def main(out: Path = STORED, small: bool = False, steps: int = 3, replicas: int 
     """Measures both settings, prints a table, writes JSON after each variant, so that a stopped run leaves those before."""
     if only not in ("", "pocket", "course"):
         refuse(f"--only is pocket or course, not {only!r}")
-    if not small and not on_gpu():
-        refuse("this measures a GPU, and torch sees none: for a smoke test, --small --out ANOTHER_FILE")
-    if small and out.resolve() == STORED:
-        refuse(f"--small would overwrite the measured {STORED.name}: give another file, --out FILE")
+    from cs336_alignment.cli import bench_refusal  # here: so that the file is read at once
+    if problem := bench_refusal(small, out, STORED, on_gpu()):
+        refuse(problem)
     if on_gpu() and not here:  # trainer and engines share the GPU
         import subprocess
 

@@ -40,26 +40,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 OPTIONS = parse(sys.argv[1:]) if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
+sys.path.insert(0, str(ROOT))
+
 import torch
+
+from cs336_alignment.cli import bench_refusal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def refusal(options: argparse.Namespace) -> str | None:
     """Why nothing may be run with these options, in a line; None if it may."""
-    published = options.out.resolve() == PUBLISHED
-    if DEVICE == "cpu" and (published or not options.small):
-        return "no GPU here, so there is nothing to measure. For a smoke test: --small --out FILE"
-    if options.small and published:
-        return "--small measures nothing: not to be kept among the results. Name another --out"
-    return None
+    return bench_refusal(options.small, options.out, PUBLISHED, DEVICE == "cuda")
 
 
 if OPTIONS and (problem := refusal(OPTIONS)):  # before more slow imports
     print(problem, file=sys.stderr)
     sys.exit(2)
 
-sys.path.insert(0, str(ROOT))
 
 import transformers
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrackName', 'Force', 'Seeds', 'Changes', 'Replicas', 'GpuShare', 'Root', 'stop', 'told', 'read_value',
-           'parse_changes', 'later']
+           'parse_changes', 'bench_refusal', 'later']
 
 # %% ../nbs/E10_commands.ipynb #ef989ef0
 import json
@@ -68,6 +68,14 @@ def parse_changes(settings: list[str]) -> dict[str, Any]:
             raise ValueError(f"--set {name} is given twice")
         changes[name] = read_value(value.strip())
     return changes
+
+# %% ../nbs/E10_commands.ipynb #3680e3a7
+def bench_refusal(small: bool, out: Path, published: Path, gpu: bool) -> str | None:
+    """Why a benchmark may not run with these options, in a line; None if it may. out, published: files of results."""
+    kept = out.resolve() == published.resolve()
+    if not gpu and (kept or not small):
+        return "no GPU here, so there is nothing to measure. For a smoke test: --small --out FILE"
+    return "--small measures nothing: not to be kept among the results. Name another --out" if small and kept else None
 
 # %% ../nbs/E10_commands.ipynb #4b2f7595
 class later:

@@ -112,8 +112,12 @@ def make_config(kind: type[Config], **settings) -> Config:
     return kind(**settings)
 
 # %% ../nbs/E4_runs.ipynb #bfb54289
-def variant_name(changes: dict, default: str = "default") -> str:
-    """A variant's name that says what differs from the preset: {"learning_rate": 2e-5} → "learning_rate2e-05"."""
+def variant_name(changes: dict, default: str = "default", preset: Config | None = None) -> str:
+    """A variant's name that says what differs from the preset: {"learning_rate": 2e-5} → "learning_rate2e-05".
+
+    Left out is what the preset has too, if it is given, and what names the run anyway (RUN_KEYS)."""
+    changes = {k: v for k, v in changes.items()
+               if k not in RUN_KEYS and (preset is None or getattr(preset, k, None) != v)}
     part = lambda value: re.sub(r"[^\w.+-]+", "_", f"{value:g}" if isinstance(value, float) else str(value))
     return "-".join(f"{name}{part(value)}" for name, value in changes.items()) or default
 

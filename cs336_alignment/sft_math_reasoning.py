@@ -6,8 +6,9 @@
 __all__ = ['inference', 'log', 'models', 'packing', 'vllm_engine', 'transformers', 'SFT_PRESETS', 'SIZES', 'SFT_RATES', 'app',
            'TRACE_FILE', 'FILTERED_FILE', 'SFTConfig', 'track_of', 'sft_config', 'trace_pairs', 'sft_problems',
            'training_pairs', 'evaluate_and_log', 'sft', 'sft_steps', 'update_count', 'training_metrics', 'run_all',
-           'make_traces', 'filter_traces', 'quality_configs', 'tuning_configs', 'best_tuning', 'sft_command_config',
-           'main', 'sweep', 'tune', 'quality', 'filter_command', 'traces']
+           'make_traces', 'filter_traces', 'quality_configs', 'tuning_configs', 'best_tuning', 'long_config',
+           'gsm8k_config', 'benchmark_configs', 'sft_command_config', 'main', 'sweep', 'tune', 'quality',
+           'filter_command', 'traces']
 
 # %% ../nbs/08_sft.ipynb #a3b0a967
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -161,8 +162,8 @@ def sft(config: SFTConfig, engine=None, root: Path | str | None = None, force: b
 def sft_steps(
     run, config: SFTConfig, model, tokenizer, examples, problems, engine, progress=None, checkpoint_s=0.0
 ) -> None:
-    """The loop: batches in shuffled order, a warm-up and a linear decay of the learning rate, `evaluations` on the
-    way."""
+    """The loop: batches in shuffled order, a warm-up and a linear decay of the learning rate,
+    `evaluations` on the way."""
     size, total = config.batch_size, update_count(config, len(examples))
     optimizer = packing.make_optimizer(model, config.learning_rate)
     scheduler = transformers.get_scheduler("linear", optimizer, math.ceil(config.warmup * total), total)
@@ -289,14 +290,34 @@ def tuning_configs(
 
 # %% ../nbs/08_sft.ipynb #f34eb309
 def best_tuning(source: Path | str, *names: str) -> dict:
-    """The settings `names` of the tuning runs in a source (see `run_table`) with the highest mean accuracy over their
-    seeds.
+    """The settings `names` of the tuning runs in a source (see `run_table`) with the highest mean
+    accuracy over their seeds.
 
     Raises DataMissing if no tuning run is finished.
     """
     table = run_table(source)
     keys = table.config.map(lambda config: tuple(config[name] for name in names))
     return dict(zip(names, table.answer_accuracy.groupby(keys, sort=False).mean().idxmax()))
+
+# %% ../nbs/08_sft.ipynb #b28f39f2
+def long_config(track: str, seed: int = 0, **settings) -> SFTConfig:
+    """Few examples for as many updates as all of them get: is it the data, or the patience?"""
+    few, all_of_them = 128 if track == "micro" else 1024, sft_config(track, None, seed, **settings)
+    updates = update_count(all_of_them, all_of_them.pool or len(load_problems(all_of_them.data, "train")))
+    return sft_config(track, few, seed, variant=f"n{few}_long", min_steps=updates, **settings)
+
+
+def gsm8k_config(track: str, seed: int = 0, **settings) -> SFTConfig:
+    """Finetuning on GSM8K's own worked solutions, evaluated on its whole test set."""
+    return sft_config(track, None, seed, variant="gsm8k", data="gsm8k", eval_data="gsm8k", n_eval=1319, epochs=3,
+                      evaluations=2, **settings)
+
+
+def benchmark_configs(track: str, name: str, policy: str, seed: int = 0) -> list[SFTConfig]:
+    """A trained policy, evaluated without more training on GSM8K and on templates never seen."""
+    return [sft_config(track, None, seed, family="benchmark", variant=f"{name}_{Path(data).stem}", model=policy,
+                       eval_data=data, n_eval=n, epochs=0, min_steps=0)
+            for data, n in [("gsm8k", 1319), ("data/gsm_symbolic/heldout.jsonl", 500)]]
 
 # %% ../nbs/08_sft.ipynb #ae7a8ac4
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
@@ -306,11 +327,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
 def sft_command_config(
     track: str, n: int | None, seed: int, traces: Path | None, variant: str | None, changes: dict
 ) -> SFTConfig:
-    """The configuration that the command's options describe. Without a variant the name says what differs from the
-    preset."""
-    plain = asdict(sft_config(track, n, seed))
-    differs = {k: v for k, v in changes.items() if k not in ("family", "variant") and plain.get(k, v) != v}
-    name = "-".join(filter(None, [traces and traces.stem, f"n{n or 'all'}", variant_name(differs, "")]))
+    """The configuration that the command's options describe. Without a variant the name says what
+    differs from the preset."""
+    differs = variant_name(changes, "", sft_config(track, n, seed))
+    name = "-".join(filter(None, [traces and traces.stem, f"n{n or 'all'}", differs]))
     given = {"traces": str(traces)} if traces else {}
     return sft_config(track, n, seed, **{"variant": variant or name} | given | changes)
 

@@ -33,8 +33,8 @@ inference, models, packing = (later(f"cs336_alignment.{name}") for name in ("inf
 # %% ../nbs/09_expert_iteration.ipynb #634d4a78
 @dataclass(frozen=True)
 class EIConfig(Config):
-    """Settings of an expert-iteration run (handout §5). Raises ValueError for a value of another type or out of
-    range."""
+    """Settings of an expert-iteration run (handout §5). Raises ValueError for a value of another type
+    or out of range."""
     model: str  # the start policy, for `model_dir`
     data: str  # questions, for `load_problems`
     prompt: str
@@ -77,8 +77,8 @@ def ei_config(track: str = "pocket", seed: int = 0, **changes) -> EIConfig:
 
 # %% ../nbs/09_expert_iteration.ipynb #bae176dc
 def sample_groups(engine, problems: list[Problem], config: EIConfig, step: int) -> list[list["inference.Completion"]]:
-    """`group_size` responses to each problem, at the run's temperature; seeded by the run's seed and the step, if at
-    all."""
+    """`group_size` responses to each problem, at the run's temperature; seeded by the run's seed and the
+    step, if at all."""
     template, seed = load_prompt(config.prompt), 1_000_003 * config.seed + 500_000 + step
     sampling = inference.SamplingParams(
         n=config.group_size, temperature=config.temperature, max_tokens=config.max_tokens, min_tokens=4, logprobs=None,
@@ -252,11 +252,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
 
 # %% ../nbs/09_expert_iteration.ipynb #004a143f
 def ei_command_config(track: str, seed: int, changes: dict) -> EIConfig:
-    """The configuration that the command's options describe. Without a variant the name says what differs from the
-    preset."""
-    plain = asdict(ei_config(track, seed))
-    differs = {k: v for k, v in changes.items() if k not in ("family", "variant") and plain.get(k, v) != v}
-    return ei_config(track, seed, **{"variant": variant_name(differs, "base")} | changes)
+    """The configuration that the command's options describe. Without a variant the name says what
+    differs from the preset."""
+    return ei_config(track, seed, **{"variant": variant_name(changes, "base", ei_config(track, seed))} | changes)
 
 # %% ../nbs/09_expert_iteration.ipynb #58f3296b
 @app.callback(invoke_without_command=True)

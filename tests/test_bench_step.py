@@ -23,7 +23,7 @@ def no_gpu(monkeypatch):
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("arguments, message", [([], "torch sees none"), (["--small"], "--small would overwrite"),
+@pytest.mark.parametrize("arguments, message", [([], "no GPU here"), (["--small"], "--small --out FILE"),
                                                 (["--only", "both"], "--only is pocket or course")])
 def test_it_refuses_in_one_line_and_writes_nothing(arguments, message):
     before = STORED.read_bytes()

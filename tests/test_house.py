@@ -1,13 +1,18 @@
-"""The order of the house: how notebooks are stored, where their links lead, what the tree holds. Reads files only, runs nothing."""
+"""The order of the house: how notebooks are stored, where their links lead, what the tree holds. Runs no notebook."""
 import ast
+import importlib
 import json
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import typer
+
+from cs336_alignment import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = [*sorted((ROOT / "nbs").glob("*.ipynb")), ROOT / "README.ipynb"]
@@ -161,6 +166,40 @@ def test_late_imports_keep_the_layers():
     assert not upward(modules, contract["layers"])
     planted = {"inference": 'grpo = later("cs336_alignment.grpo")', "grpo": 'inference = later("cs336_alignment.inference")'}
     assert upward(planted, contract["layers"]) == [("inference", "grpo")]
+
+
+def test_index_of_results_is_the_one_that_publish_writes(tmp_path):
+    for path in [ROOT / "results" / "families.json", *(ROOT / "results").glob("*/runs.csv")]:
+        copy = tmp_path / path.relative_to(ROOT / "results")
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    runs.write_index(tmp_path)
+    assert (tmp_path / "README.md").read_text("utf-8") == (ROOT / "results" / "README.md").read_text("utf-8")
+
+
+def test_every_family_has_its_figure_and_its_command():
+    about = json.loads((ROOT / "results" / "families.json").read_text("utf-8"))
+    assert sorted(about) == [path.name for path in runs.published_families(ROOT / "results")]
+    for family, said in about.items():
+        place = ROOT / "nbs" / said["notebook"]
+        assert said["heading"].replace(" ", "-") in anchors(place), (family, said["heading"])
+        assert any(family in text(cell["source"]) for _, cell in cells(place, "code")), f"{family}: {place.name} does not read it"
+        script, *rest = said["command"].removeprefix("python ").split()
+        module = importlib.import_module("cs336_alignment." + Path(script).stem)
+        options = [word for word in rest if word.startswith("--")]
+        known = {o for command in typer_options(module) for o in command}
+        assert (ROOT / script).exists() and set(options) <= known, (family, set(options) - known)
+
+
+def typer_options(module) -> list[list[str]]:
+    """The option names of every command of a module."""
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer()
+        app.command()(module.main)
+    group = typer.main.get_command(app)
+    commands = [group, *getattr(group, "commands", {}).values()]
+    return [[o for p in c.params for o in p.opts] for c in commands]
 
 
 def test_tree_is_small():
