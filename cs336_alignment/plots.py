@@ -46,8 +46,8 @@ def difference(*sources: Path | str, of: str, minus: str,
                metric: str = "answer_accuracy") -> tuple[float, float, float]:
     """(difference, low, high): final `metric` of one variant minus another's, with Welch's 95% interval over seeds.
 
-    sources: as of `load_runs`; their finished runs hold both variants. Raises DataMissing if one has fewer than two
-    seeds.
+    sources: as of `load_runs`; their finished runs hold both variants.
+    Raises DataMissing if one has fewer than two seeds.
     """
     runs = run_table(*sources)
     values = [runs[runs.variant == name][metric].dropna().tolist() for name in (of, minus)]
@@ -76,8 +76,8 @@ def paired_difference(runs: pd.DataFrame, of: str, minus: str, step: int | None 
                       metric: str = "eval/answer_accuracy") -> tuple[float, float, int]:
     """(mean, half width, seeds) of the seeds' own differences in `metric` between two variants; half: 1.96·σ/√n.
 
-    runs: from `load_runs`. step: of the evaluations, by default each variant's last. Raises DataMissing if the two have
-    no seed in common.
+    runs: from `load_runs`. step: of the evaluations, by default each variant's last.
+    Raises DataMissing if the two have no seed in common.
     """
     def at(variant):
         rows = runs[(runs.variant == variant) & runs[metric].notna()]
@@ -216,9 +216,9 @@ def plot_curves(runs: pd.DataFrame, metric: str, x: str = "step", ax=None, label
                 title: str | None = None, ends: bool = True):
     """Draw `metric` against `x`: mean over seeds and ± 1.96·σ/√n, one line a variant; returns the axes.
 
-    runs: from `load_runs`. x: "step", "samples" or "wall_s". labels: other names for variants, also which, and their
-    order; more than four are hard to tell apart: see `plot_dots`. title: the message. ends: label the curves.
-    Shares are in %.
+    runs: from `load_runs`. x: "step", "samples" or "wall_s". title: the message. ends: label the curves.
+    labels: other names for variants, also which, and their order; more than four are hard to tell apart: see
+    `plot_dots`. Shares are in %.
     """
     ax = ax or plt.subplots(figsize=(6, 3.6))[1]
     variants, scale = list(labels or sorted(runs.variant.unique())), 100 if is_share(metric) else 1
@@ -255,8 +255,8 @@ SHARED = ("n_eval", "temperature", "steps")  # settings that the seeds of a vari
 def results_table(*sources: Path | str, metric: str = "answer_accuracy") -> pd.DataFrame:
     """Final `metric` of the finished runs in `sources` (as of `load_runs`), one row a family, track and variant.
 
-    Columns: eval_data, seeds, mean, half (1.96·σ/√n), half_t (the same with Student's factor, which holds 95% for few
-    seeds too), n_eval, temperature, steps, wall_s (mean, s). Raises DataMissing if no run is finished.
+    Columns: eval_data, seeds, mean, half (1.96·σ/√n), half_t (the same with Student's factor, which holds 95% for
+    few seeds too), n_eval, temperature, steps, wall_s (mean, s). Raises DataMissing if no run is finished.
     """
     shared = lambda values: values.iloc[0] if values.nunique() <= 1 else "differs"
     rows = {}
@@ -391,8 +391,8 @@ def show_rollouts(source: list[dict] | Path | str, step: int | None = None, vari
                   seed: int | None = None, by: str = "outcome"):
     """A browser of rollouts for the notebook (IPython HTML), grouped by "outcome" or by "question".
 
-    source: records of `log_generations`, or as of `load_rollouts`, of which step, variant and seed pick some. Raises
-    DataMissing if there is nothing to show.
+    source: records of `log_generations`, or as of `load_rollouts`, of which step, variant and seed pick some.
+    Raises DataMissing if there is nothing to show.
     """
     wanted = {k: v for k, v in dict(step=step, variant=variant, seed=seed).items() if v is not None}
     if not isinstance(source, list):

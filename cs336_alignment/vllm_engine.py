@@ -45,7 +45,7 @@ def vllm_params(sampling: SamplingParams, request: Request):
 
 
 def completion_row(output, index: int) -> Row:
-    """The row of one of vLLM's outputs, the answer to request `index`."""
+    """The row of one of vLLM's outputs, the response to request `index`."""
     if output.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended request {index} with {output.finish_reason!r}")
     logprobs = None if output.logprobs is None else list(output.logprobs.logprobs)
@@ -316,30 +316,30 @@ def ask_replica(replica: Replica, method: str, args: tuple) -> None:
 
 
 def listen(replica: Replica) -> tuple[str, Any]:
-    """The next message: ("tick", k), ("done", answer) or ("error", traceback)."""
+    """The next message: ("tick", k), ("done", result) or ("error", traceback)."""
     kind, value = replica.exchange(replica.pipe.recv)
     replica.busy = kind == "tick"
     return kind, value
 
 # %% ../nbs/E2_vllm.ipynb #64a476b7
 def ask_replicas(replicas: list[Replica], method: str, arguments: Sequence[tuple], tick: Tick | None = None) -> list:
-    """Calls `method` on each replica with its own arguments, all at the same time; their answers in order.
+    """Calls `method` on each replica with its own arguments, all at the same time; their results in order.
 
     RuntimeError with the replica's traceback if it raised, with the end of its log if it died.
     """
     for replica, args in zip(replicas, arguments, strict=True):
         ask_replica(replica, method, args)
-    waiting, answers = {r.pipe: r for r in replicas}, {}
+    waiting, results = {r.pipe: r for r in replicas}, {}
     while waiting:
         for pipe in wait(list(waiting)):
             kind, value = listen(waiting[pipe])
             if kind == "error":
                 raise RuntimeError(f"engine replica {waiting[pipe].number} failed:\n{value}")
             if kind == "done":
-                answers[waiting.pop(pipe).number] = value
+                results[waiting.pop(pipe).number] = value
             elif tick:
                 tick(value)
-    return [answers[r.number] for r in replicas]
+    return [results[r.number] for r in replicas]
 
 # %% ../nbs/E2_vllm.ipynb #af475f6c
 def end_replicas(replicas: list[Replica]) -> None:
@@ -440,8 +440,9 @@ def team_run(replicas: list[Replica], requests: Sequence[Request], sampling: Sam
 
 # %% ../nbs/E2_vllm.ipynb #c8830442
 def share_memory(replicas: list[Replica], size: int, on_gpu: bool) -> Tensor:
-    """`size` bytes that every replica has too: on this process's first GPU if `on_gpu` and the driver allows it,
-    else in a file."""
+    """`size` bytes that every replica has too.
+
+    They are on this process's first GPU if `on_gpu` and the driver allows it, else in a file."""
     if on_gpu:
         block = torch.empty(size, dtype=torch.uint8, device="cuda:0")
         try:
@@ -530,10 +531,10 @@ class BackedEngine(Engine):
 class VLLMEngine(BackedEngine):
     """Sampling with vLLM, through its public interfaces only. `model`: a name or path for `model_dir`.
 
-    Replicas live in processes of their own, on all visible GPUs in turn or on `devices` (indices into those); those on
-    a GPU share its `gpu_memory_utilization`. `in_process` (default: only for one replica on a CPU) puts the replica
-    into this process: weights reach it sooner, but CUDA may keep a process from making a second engine after the first.
-    `sleep` needs `enable_sleep`; on a CPU it does nothing. Other `args`: see `vllm_args`.
+    Replicas live in processes of their own, on all visible GPUs in turn or on `devices` (indices into those); those
+    on a GPU share its `gpu_memory_utilization`. `in_process` (default: only for one replica on a CPU) puts the
+    replica into this process: weights reach it sooner, but CUDA may keep a process from making a second engine after
+    the first. `sleep` needs `enable_sleep`; on a CPU it does nothing. Other `args`: see `vllm_args`.
     """
 
     def __init__(self, model: str | Path, tokenizer: Tokenizer | None = None, *, replicas: int = 1,
