@@ -18,6 +18,9 @@ __all__ = ['RUN_KEYS', 'Positive', 'Count', 'Rate', 'NonNegative', 'Share', 'NOT
            'write_rollouts', 'read_rollouts', 'Published', 'read_published', 'publishable', 'publish', 'index_line',
            'write_index', 'load_run', 'load_runs', 'run_table', 'load_rollouts', 'command']
 
+# %% ../nbs/E4_runs.ipynb #578c4539
+__package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
+
 # %% ../nbs/E4_runs.ipynb #1bb73958
 import csv
 import errno

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "vllm", "pandas", "scipy", "matplotlib", "sympy", "wandb"}
-COMMANDS = ["evaluate_math"]
+COMMANDS = ["evaluate_math", "sft_math_reasoning", "sft_math_reasoning_ei", "grpo_experiments", "grpo", "run_queue", "runs", "data",
+            "data_sets", "drgrpo_grader"]
 REPORT = """
 import atexit, runpy, sys
 atexit.register(lambda: print("imported:", *sys.modules.keys() & set({heavy}), file=sys.stderr))
@@ -56,6 +57,40 @@ def test_slips_in_the_zero_shot_command_import_nothing_heavy(args, expected, tmp
     status, said, imported = call("evaluate_math", *args, cwd=tmp_path)
     assert (status, imported) == (2, set()) and expected in said
     assert list(tmp_path.iterdir()) == []  # and leave nothing behind
+
+
+SFT, EI, GRPO = "sft_math_reasoning", "sft_math_reasoning_ei", "grpo_experiments"
+
+
+@pytest.mark.parametrize("command, args, expected", [
+    (SFT, ["--set", "evaluations=0"], "evaluations = 0"), (SFT, ["--set", "batch_size=0"], "batch_size = 0"),
+    (SFT, ["--set", "epochs=one"], "epochs = 'one'"), (SFT, ["--set", "learning_rate=-.1"], "learning_rate = -0.1"),
+    (SFT, ["--set", "warmup=2"], "warmup = 2"), (SFT, ["--set", "temperature=0"], "temperature = 0"),
+    (SFT, ["--set", "nope=1"], "there are: family, track"), (SFT, ["--set", "n_eval=1.5"], "n_eval = 1.5"),
+    (EI, ["--set", "questions=0"], "questions = 0"), (EI, ["--set", "schedule=cosine"], "'linear' or 'constant'"),
+    (EI, ["--set", "group_size=two"], "group_size = 'two'"), (EI, ["--set", "nope=1"], "there are: family, track"),
+    (EI, ["--set", "temperature=-1"], "temperature = -1"), (EI, ["--set", "n_ei_steps=0"], "n_ei_steps = 0"),
+    (GRPO, ["--set", "n_grpo_steps=2.5"], "n_grpo_steps = 2.5"), (GRPO, ["--set", "group_size=abc"], "group_size = 'abc'"),
+    (GRPO, ["--lr", "-1"], "learning_rate = -1"), (GRPO, ["--set", "temperature=-1"], "temperature = -1"),
+    (GRPO, ["--set", "temperature=0"], "temperature = 0"), (GRPO, ["--set", "min_tokens=9", "--set", "max_tokens=4"], "min_tokens = 9"),
+    (GRPO, ["--set", "kl_coef=-.1"], "kl_coef = -0.1"), (GRPO, ["--steps", "0"], "n_grpo_steps = 0"),
+    (GRPO, ["--set", "loss_type=ppo"], "loss_type = 'ppo'"), (GRPO, ["--set", "nope=1"], "there are: family, track"),
+    (GRPO, ["--set", "overlap=maybe"], "overlap = 'maybe'"), (GRPO, ["--track", "nope"], "nope"), (GRPO, ["--named", "ppo"], "ppo"),
+    ("run_queue", ["nope"], "there are: tune"), ("run_queue", ["sft", "--seeds", "a"], "0,1,2,3"),
+])
+def test_a_setting_that_cannot_be_is_one_line_and_leaves_nothing(command, args, expected, tmp_path):
+    track = [] if "--track" in args else ["--track", "micro"]
+    status, said, imported = call(command, *args, *track, *([] if command == "run_queue" else ["--root", str(tmp_path / "runs")]), cwd=tmp_path)
+    assert status == 2 and expected in said and not imported & {"torch", "transformers", "vllm"}
+    assert said.startswith("error: ") and len(said.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_as_python_writes_them_are_numbers():
+    from cs336_alignment.grpo_experiments import grpo_command_config
+    from cs336_alignment.sft_math_reasoning import sft_command_config
+    assert grpo_command_config("micro", {}, None, None, ["kl_coef=.1", "n_grpo_steps=1_0"]).kl_coef == 0.1
+    assert sft_command_config("micro", 8, 0, None, None, {"learning_rate": 0.001}).learning_rate == 0.001
 
 
 def test_a_module_for_later_is_imported_by_its_first_use(tmp_path):
