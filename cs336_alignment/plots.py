@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['X_LABELS', 'WORDS', 'SHARED', 'FULL_COLOUR', 'OUTCOMES', 'PRE', 'interval', 'student', 'coverage', 'difference',
            'differences', 'paired_difference', 'paired', 'gains', 'show_gains', 'band', 'is_share', 'axis_label',
-           'describe', 'put_title', 'label_ends', 'plot_curves', 'made_by', 'results_table', 'markdown_table',
-           'plot_dots', 'describe_table', 'outcome', 'entropy_colour', 'colour_tokens', 'question_of', 'rollout_html',
-           'legend_html', 'rollouts_html', 'show_rollouts']
+           'describe', 'evaluated', 'put_title', 'label_ends', 'plot_curves', 'made_by', 'results_table',
+           'markdown_table', 'plot_dots', 'describe_table', 'outcome', 'entropy_colour', 'colour_tokens', 'question_of',
+           'rollout_html', 'legend_html', 'rollouts_html', 'show_rollouts']
 
 # %% ../nbs/E5_plots.ipynb #4b199b61
 import math
@@ -177,10 +177,16 @@ def describe(runs: pd.DataFrame, metric: str) -> str:
     low, high = counts.min(), counts.max()
     n = f"n = {low}" + (f"–{high}" if high > low else "")
     parts = [n + (" seed: no band" if high == 1 else " seeds, mean ± 1.96·σ/√n")]
-    for key, form in [("n_eval", "{:,.0f} examples"), ("temperature", "T = {:g}")]:
-        if metric.startswith("eval/") and len(values := runs[key].dropna().unique()):
-            parts.append(form.format(values[0]) if len(values) == 1 else f"{key} differs between the runs")
-    return ", ".join(parts)
+    return ", ".join(parts + (evaluated(runs) if metric.startswith("eval/") else []))
+
+
+def evaluated(rows: pd.DataFrame) -> list[str]:
+    """What all rows were evaluated on: problems, data set, temperature, as far as the rows say so."""
+    parts = []
+    for key, form in [("n_eval", "{:,.0f} problems"), ("eval_data", "{}"), ("temperature", "T = {:g}")]:
+        if key in rows and len(values := rows[key].dropna().unique()):
+            parts.append(form.format(values[0]) if len(values) == 1 and values[0] != "differs" else f"{key} differs")
+    return parts
 
 # %% ../nbs/E5_plots.ipynb #eec525c2
 def put_title(ax, title: str | None, caption: str) -> None:
@@ -272,7 +278,7 @@ def markdown_table(table: pd.DataFrame) -> str:
     """A `results_table` of rates as Markdown, in per cent, with what its interval is worth written under it."""
     percent = lambda v: "–" if pd.isna(v) else f"{v:.1%}"
     known = lambda v: "–" if v is None or pd.isna(v) else v
-    head = ["run", "evaluated on", "seeds", "final", "± 1.96·σ/√n", "± t·σ/√n", "examples", "T", "steps",
+    head = ["run", "evaluated on", "seeds", "final", "± 1.96·σ/√n", "± t·σ/√n", "problems", "T", "steps",
             "wall-clock (s)"]
     rows = [[" ".join(map(str, name)), Path(known(r["eval_data"])).stem, r["seeds"],
              *(percent(r[k]) for k in ("mean", "half", "half_t")), *(known(r[k]) for k in SHARED),
@@ -312,10 +318,7 @@ def describe_table(rows: pd.DataFrame, half: str = "half") -> str:
     parts = [f"n = {low}" + (f"–{high}" if high > low else "") + (" seeds" if high > 1 else " seed")]
     if high > 1:
         parts.append("mean ± " + ("t" if half == "half_t" else "1.96") + "·σ/√n")
-    for key, form in [("n_eval", "{:,.0f} examples"), ("temperature", "T = {:g}")]:
-        if key in rows and len(values := rows[key].dropna().unique()):
-            parts.append(form.format(values[0]) if len(values) == 1 and values[0] != "differs" else f"{key} differs")
-    return ", ".join(parts)
+    return ", ".join(parts + evaluated(rows))
 
 # %% ../nbs/E5_plots.ipynb #8d700121
 FULL_COLOUR = 2.0  # nats: a fixed scale, so that two rollouts can be compared
