@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_CHARS', 'MAX_DEPTH', 'REWARD_FNS', 'app', 'boxed_answer', 'read_r1_zero', 'read_question_only', 'read_golds',
-           'normalise', 'read_unit', 'Number', 'parse_number', 'same_number', 'numeric_value', 'same_values',
-           'same_equation', 'split', 'is_one_group', 'Shape', 'view', 'compare', 'is_suspect', 'split_name', 'nesting',
-           'decide', 'same_answer', 'r1_zero_reward_fn', 'question_only_reward_fn', 'grade_batch', 'reward_fn_of',
-           'quantiles', 'grade_cases', 'measure', 'commands', 'bench']
+           'normalise', 'read_unit', 'same_unit', 'Number', 'parse_number', 'same_number', 'numeric_value',
+           'same_values', 'same_equation', 'split', 'is_one_group', 'Shape', 'view', 'compare', 'is_suspect',
+           'split_name', 'nesting', 'is_unreadable', 'decide', 'same_answer', 'r1_zero_reward_fn',
+           'question_only_reward_fn', 'grade_batch', 'reward_fn_of', 'quantiles', 'grade_cases', 'measure', 'commands',
+           'bench']
 
 # %% ../nbs/03_rewards.ipynb #b3916d2e
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -19,8 +20,10 @@ import os
 import platform
 import re
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from importlib.metadata import version
@@ -65,6 +68,13 @@ def read_question_only(response: str) -> tuple[bool, str]:
     return answer is not None, answer or ""
 
 # %% ../nbs/03_rewards.ipynb #b4d1bd99
+def _written(gold: str | numbers.Real) -> str:
+    """A gold as text; a float as the shortest decimal near it (0.1 + 0.2 is 0.3), an integer of any length."""
+    if isinstance(gold, float) and not gold.is_integer():
+        return f"{gold:.15g}"
+    return str(Decimal(int(gold)) if isinstance(gold, numbers.Integral) else gold)
+
+
 def read_golds(ground_truth) -> tuple[str, ...]:
     """The known answers as strings, `\\boxed{}` opened. TypeError for None or another type, ValueError for an empty
     list."""
@@ -73,29 +83,26 @@ def read_golds(ground_truth) -> tuple[str, ...]:
         raise ValueError("ground_truth is an empty list: give at least one answer")
     for gold in many:
         if not isinstance(gold, (str, numbers.Real)) or isinstance(gold, bool):
-            raise TypeError(
-                f"ground_truth must be a str, a number or a list of them, not {gold!r} ({type(gold).__name__})"
-            )
-    texts = map(str, many)
+            kind = type(gold).__name__
+            raise TypeError(f"ground_truth must be a str, a number or a list of them, not {gold!r} ({kind})")
+    texts = map(_written, many)
     return tuple(text if (box := boxed_answer(text)) is None else box for text in texts)
 
 # %% ../nbs/03_rewards.ipynb #aadecca4
-_SYMBOLS = str.maketrans(
-    {
-        "−": "-",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "°": r"^\circ ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "∪": r"\cup ",
-        "²": "^2",
-        "³": "^3",
-        "√": r"\sqrt ",
-    }
-)
+_SYMBOLS = {
+    "π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ",
+    "∪": r"\cup ", "²": "^2", "³": "^3", "√": r"\sqrt ",
+}
+
+
+def _in_ascii(match: re.Match) -> str:
+    """A LaTeX spelling of one character, if there is one: any dash is a minus, ½ is 1/2."""
+    name = unicodedata.name(char := match[0], "")
+    if unicodedata.category(char) == "Pd" or name.endswith("MINUS SIGN"):
+        return "-"
+    if name.startswith("VULGAR FRACTION"):
+        return f" {unicodedata.normalize('NFKC', char).replace(chr(0x2044), '/')} "  # 2½ is 2 1/2
+    return _SYMBOLS.get(char, char)
 
 # %% ../nbs/03_rewards.ipynb #40937aaa
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
@@ -104,7 +111,7 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
         (r"\{,\}", ","),
         (r"\\%", "%"),
         (r"\\\$", "$"),  # 1{,}000, 5\%, \$5
-        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\[dtc](frac|binom)", r"\\\1"),
         (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
         (r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),
         (r"(\\frac ?\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
@@ -118,6 +125,8 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
         (r"(?<![\\^_}A-Za-z])\{([^{}]*,[^{}]*)\}", r"\\{\1\\}"),  # {1,2} is a set
         (r"\\(?:text(?:bf|it|rm|normal)|math(?:rm|bf|it|sf)|mbox)(?![A-Za-z])", r"\\text"),
         (r"\\text ?\{ ?(and|or|[.,;]) ?\}", r" \1 "),
+        (r"\\text ?\{([ei])\}", r" \1"),  # \mathrm{e}
+        (r"([0-9](?: ?\\text ?\{)? ?)([aApP])\.? ?[mM]\b\.?", lambda m: m[1] + m[2].lower() + "m"),  # 7 p.m.
         (r" +", " "),
 ]]
 
@@ -132,7 +141,7 @@ _LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is)? ?[:=]? ", re.I)
 def normalise(text: str) -> str:
     """One spelling for the common ways to write the same LaTeX: spaces, sizes, wrappers and fractions. Never a
     change of meaning."""
-    text = text.strip().translate(_SYMBOLS)
+    text = re.sub(r"[^\x00-\x7f]", _in_ascii, text.strip())
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _LEAD.sub("", text.strip(), count=1) if _LEAD.match(text.strip()) else text
@@ -141,61 +150,109 @@ def normalise(text: str) -> str:
         if not (match := _WRAPPER.fullmatch(text)):
             break
         text = next(filter(None, match.group("a", "b", "c", "d")), "")
+    while text[:1] == "{" and is_one_group(text):
+        text = text[1:-1].strip()
     return text
 
 # %% ../nbs/03_rewards.ipynb #ff64906a
 _NOT_UNITS = frozenset(
-    """or and not nor to than plus minus times over by of is are squared cubed factorial negative below
-    hundred thousand million billion trillion dozen half halves quarter quarters third thirds point one two three
-    four five six
-    seven eight nine ten eleven twelve mod choose base log ln exp sin cos tan sqrt root pi if maybe perhaps either
-    but""".split()
+    "or nor not to than plus minus times over by of is are squared cubed factorial negative below point mod choose base "
+    "log ln exp sin cos tan sqrt root pi if maybe perhaps either but".split()
 )
+_MULTIPLE = re.compile(r"(?:half|halve|quarter|dozen|score|gross|grand|mil|mio|thou|twice|thrice|\w*fold"
+                       r"|(?:doub|treb|trip|\w*up)l(?:e|y|ing)?)(?:s|d|ed)?")
+
+
+@lru_cache
+def _number_words() -> frozenset[str]:
+    """Cardinals and ordinals as num2words spells them, lakh and crore among them; not the second, which is a unit."""
+    from num2words import num2words
+
+    numbers = {"en": [*range(101), *(10**k for k in range(3, 64))], "en_IN": [10**5, 10**7]}
+    texts = [num2words(n, lang=lang, to=to) for lang in numbers for n in numbers[lang] for to in ("cardinal", "ordinal")]
+    return frozenset(re.findall("[a-z]+", " ".join(texts))) - {"second"}
+
+
+def _changes_number(word: str) -> bool:
+    stem = word.removesuffix("s")
+    return word in _NOT_UNITS or bool({word, stem} & _number_words() or _MULTIPLE.fullmatch(word))
 
 # %% ../nbs/03_rewards.ipynb #58074aeb
-_ATTACHED = frozenset(
-    """cm mm km kg mg ml lb lbs oz ft mph kmh hr hrs min sec inch inches feet foot meter meters grams pounds
-    miles hours hour minutes seconds days day weeks week months month years year dollars dollar cents degrees degree
-    percent
-    pct""".split()
-)
+_ALIASES = {"percent": "%", "percentage": "%", "pct": "%", "$": "dollar", "usd": "dollar", "€": "euro", "eur": "euro",
+            "£": "pound", "gbp": "pound", "¥": "yen", "jpy": "yen", "¢": "cent"}
+_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_ATTACHED = frozenset(["cm", "mm", "km", "kg", "mg", "ml", "lb", "oz", "ft", "hr", "am", "pm", *_POWERS, *_ALIASES.values()])
+
+
+def _stem(word: str) -> str:
+    stem = word.lower().removesuffix("s") or word
+    return _ALIASES.get(stem, stem)
+
+
+@lru_cache
+def _pint():
+    import pint
+
+    return pint.UnitRegistry()
+
+
+@lru_cache(maxsize=4_096)
+def _measure_name(word: str) -> str:
+    """pint's name for a unit of measurement; "" if it knows none of that name."""
+    known = _pint().parse_unit_name
+    names = known(word) or known(word.lower()) if len(word) <= 20 else ()
+    return "".join(names[0][:2]) if names else ""
 
 # %% ../nbs/03_rewards.ipynb #d93525cc
-_SAME_UNIT = {
-    "in": "inch",
-    "inche": "inch",
-    "feet": "foot",
-    "ft": "foot",
-    "cm": "centimeter",
-    "km": "kilometer",
-    "m": "meter",
-    "kg": "kilogram",
-    "g": "gram",
-    "hr": "hour",
-    "min": "minute",
-    "sec": "second",
-    "lb": "pound",
-    "percentage": "%",
-    "percent": "%",
-    "pct": "%",
-}
-
-# %% ../nbs/03_rewards.ipynb #8246b407
-def read_unit(text: str) -> frozenset[str] | None:
-    """The words of the unit that follows a number (empty for none), or None if `text` can be no unit."""
+def read_unit(text: str) -> str | None:
+    """The unit that follows a number, as plain text ("" for none), or None if `text` can be no unit."""
     in_text = "\\text" in text
     text = re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", text).replace("%", " percent ")
     text = re.sub(r"\^? ?\{? ?\\circ ?\}?", " degree ", text)
-    text = re.sub(r"(?<=[a-z]) ?\^ ?\{?[23]\}?", "", text)  # cm^2
-    words = re.findall("[A-Za-z]+", text)
-    if len(words) > 5 or (text.strip() and not words) or re.search(r"[^A-Za-z /.()'-]", text):
+    text = re.sub(r"(?i)\bdegrees? +([CF])(?:elsius|ahrenheit)?\b", lambda m: f"deg{m[1].upper()}", text)
+    plain = re.sub(r"(?<=[a-z]) *\^ ?\{?-?[123]\}?", "", text)  # cm^2
+    words = re.findall("[A-Za-z]+", plain)
+    if not words:
+        return text.strip() if re.fullmatch(" *[$€£¥¢]? *", plain) else None
+    if len(words) > 5 or not re.fullmatch(r"[A-Za-z /.()'-]*", plain) or any(_changes_number(w.lower()) for w in words):
         return None
-    if _NOT_UNITS & {word.lower() for word in words} or (text[:1].isalpha() and words[0] not in _ATTACHED):
-        return None
+    first, attached = words[0], text[0].isalpha()
     if not in_text and any(len(word) == 1 and word not in "mghsLa" for word in words):
         return None  # 18 x
-    stems = (word.lower().removesuffix("s") or word for word in words)
-    return frozenset(_SAME_UNIT.get(stem, stem) for stem in stems)
+    if len(words) == 1 and first.endswith("ed") or words == ["k"]:
+        return None  # 5 doubled
+    if attached or not re.search("[aeiouy]", first, re.I):  # 12km and 5 yd, but neither 3ab nor 5 bn
+        if _stem(first) not in _ATTACHED and not (len(first) > 2 * attached and _measure_name(first)):
+            return None
+    return "%" if _stem(text.strip()) == "%" else text.strip()
+
+# %% ../nbs/03_rewards.ipynb #8246b407
+_PER = ("/", "per", "a", "an", "each", "every")
+
+
+@lru_cache(maxsize=4_096)
+def _measure(unit: str) -> tuple[tuple, frozenset[str]]:
+    """A unit as (factor and root units of what pint knows in it, all of its words)."""
+    powers, words, power = {}, set(), 1
+    for word, exponent in re.findall(r"([A-Za-z]+|[/$€£¥¢%])(?: *\^ ?\{?(-?[123]))?", unit):
+        if word in _PER or word in _POWERS:
+            power *= _POWERS.get(word, -1)
+            continue
+        noise = words and power == 1 and len(word) == 2 and word.islower()  # 18 feet in total
+        name = "" if noise or _stem(word) in _ALIASES.values() else _measure_name(word)
+        if name not in ("", "degree"):
+            powers[name] = powers.get(name, 0) + power * int(exponent or 1)
+        words |= {*name.split("_")} if name else {_stem(word)}
+        power = 1
+    from pint.util import UnitsContainer
+    factor, root = _pint().get_root_units(UnitsContainer(powers))
+    return (f"{factor:.9g}", str(root)) if powers else (), frozenset(words)
+
+
+def same_unit(a: str, b: str) -> bool:
+    """May two units be the same? True if either is missing; measures must agree, of other words one."""
+    (measure, words), (other, other_words) = _measure(a), _measure(b)
+    return not a or not b or (measure == other if measure and other else bool(words & other_words))
 
 # %% ../nbs/03_rewards.ipynb #65bd5e04
 _INT = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:[ ][0-9]{3})+|[0-9]+)"
@@ -203,12 +260,12 @@ _NUM = rf"(?:{_INT}(?:\.[0-9]*)?|\.[0-9]+)"
 _FRACTION = re.compile(rf"\\frac ?(?:\{{ ?(-?{_NUM}) ?\}}|([0-9])) ?(?:\{{ ?(-?{_NUM}) ?\}}|([0-9]))")
 _REPEATING = re.compile(r"([0-9]{0,20})\.([0-9]{0,20})\\overline ?\{([0-9]{1,20})\}")
 _LITERAL = re.compile(
-    rf"""(?P<sign>[-+]?)\ ?(?:[$€£¥]\ ?(?P<inner>-?))?
+    rf"""(?P<sign>[-+]?)\ ?(?:(?P<coin>[$€£¥])\ ?(?P<inner>-?))?
     (?:(?P<whole>{_INT})\ +(?P<part>[0-9]+)\ ?/\ ?(?P<of>[0-9]+)(?![0-9.])             # 1 3/4
       |(?P<top>-?{_NUM})\ ?/\ ?(?P<bottom>-?{_NUM})                                    # 3/4
       |(?P<number>{_NUM})(?:\ ?(?:\\times|\\cdot|\*)\ ?10\ ?\^\ ?\{{?(?P<power>[-+]?[0-9]{{1,2}})\}}?
                            |[eE](?P<exponent>[-+]?[0-9]{{1,2}}))?)                     # 18, 1.2 \times 10^{{-2}}, 1e3
-    [$€£¥]?(?P<unit>.*)""",
+    (?P<unit>.*)""",
     re.X | re.S,
 )
 
@@ -218,7 +275,7 @@ class Number(NamedTuple):
     decimals."""
 
     value: Fraction
-    unit: frozenset[str]
+    unit: str
     computed: bool
     places: int
 
@@ -246,23 +303,22 @@ def parse_number(text: str) -> Number | None:
     value = _fraction(top) / _fraction(bottom) if bottom else _fraction(match["number"])
     value = (value + _fraction(match["whole"] or "0")) * Fraction(10) ** int(match["power"] or match["exponent"] or 0)
     value = -value if (match["sign"] == "-") != (match["inner"] == "-") else value
+    unit = f"{match['coin'] or ''} {unit}".strip()
     return Number(value, unit, bool(bottom) and value.denominator == 1, len((match["number"] or "").partition(".")[2]))
 
 # %% ../nbs/03_rewards.ipynb #45940c60
-_PERCENT = frozenset("%")
-
-
 def same_number(answer: Number, gold: Number) -> bool:
     """Are two written numbers the same answer? Exact, but for percent signs and decimals of at least ten places."""
     if gold.value.denominator == 1 and answer.computed and not gold.computed:
         return False
-    if answer.unit and gold.unit and not answer.unit & gold.unit:
+    if not same_unit(answer.unit, gold.unit):
         return False  # hours for minutes
     values = {answer.value}
-    if (answer.unit == _PERCENT) != (gold.unit == _PERCENT):
-        values.add(answer.value / 100 if answer.unit == _PERCENT else answer.value * 100)
+    if (answer.unit == "%") != (gold.unit == "%"):
+        values.add(answer.value / 100 if answer.unit == "%" else answer.value * 100)
     places = max(answer.places, gold.places)
-    return gold.value in values or (places >= 10 and abs(answer.value - gold.value) < Fraction(1, 10**places))
+    near = min(Fraction(1, 10**places), abs(gold.value) / 10**9)
+    return gold.value in values or (places >= 10 and abs(answer.value - gold.value) < near)
 
 # %% ../nbs/03_rewards.ipynb #b4619a98
 _MATH = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+|\\[A-Za-z]+|[^ ]")
@@ -337,6 +393,11 @@ def _atom(tokens: list[str], point: Callable[[str], float]) -> complex:
 def _named(token: str, tokens: list[str], point: Callable[[str], float]) -> complex:
     if token == "\\frac":
         return _argument(tokens, point) / _argument(tokens, point)
+    if token == "\\binom":
+        n, k = _argument(tokens, point).real, _argument(tokens, point).real
+        if n.is_integer():
+            raise _Unclear  # a number that is still to be computed
+        return complex(math.gamma(n + 1) / math.gamma(k + 1) / math.gamma(n - k + 1))
     if token == "\\sqrt":
         degree = 2
         if tokens and tokens[-1] == "[":
@@ -345,24 +406,17 @@ def _named(token: str, tokens: list[str], point: Callable[[str], float]) -> comp
         return _argument(tokens, point) ** (1 / degree)
     if token == "\\pi":
         return complex(math.pi)
-    if (
-        len(token) != 1
-        or not token.isascii()
-        or not token.isalpha()
-        or (token in "fghpFGHP" and tokens and tokens[-1] == "(")
-    ):
-        raise _Unclear  # f(x) is no product
+    if not re.fullmatch("[A-Za-np-z]", token) or (token in "fghpFGHP" and tokens and tokens[-1] == "("):
+        raise _Unclear  # f(x) is no product, and o is no variable: "no" is a word
     return {"i": 1j, "e": complex(math.e)}.get(token) or complex(point(token))
 
 # %% ../nbs/03_rewards.ipynb #0ecba160
 def numeric_value(text: str, k: int) -> complex | None:
     """Value of a normalised formula at the k-th fixed point (real, of either sign, for every letter); None if it is
     unclear."""
-    tokens = _MATH.findall(text)[::-1]
+    tokens = _MATH.findall(text)[::-1] if len(text) <= 200 else []
     try:
-        value = (
-            _sum(tokens, lambda letter: 2 * math.sin(1.7 * (k + 1) * ord(letter))) if len(text) <= 200 else math.nan
-        )
+        value = _sum(tokens, lambda letter: 2 * math.sin(1.7 * (k + 1) * ord(letter)))
     except (_Unclear, ArithmeticError, RecursionError, ValueError):
         return None
     return None if tokens or not abs(value) < 1e9 else value
@@ -370,13 +424,16 @@ def numeric_value(text: str, k: int) -> complex | None:
 
 def same_values(answer: str, gold: str) -> bool | None:
     """Are two normalised formulas equal at three points? None if unclear, or too close to call in floats."""
-    differences = []
+    verdict = True
     for k in range(3):
         a, g = numeric_value(answer, k), numeric_value(gold, k)
         if a is None or g is None:
             return None
-        differences.append(abs(a - g) / max(1.0, abs(a), abs(g)))
-    return False if max(differences) > 1e-5 else True if max(differences) < 1e-11 else None
+        if abs(a - g) > 1e-5 * max(1.0, abs(a), abs(g)):
+            verdict = False
+        elif verdict and abs(a - g) > 1e-11 * max(abs(a), abs(g)):
+            verdict = None
+    return verdict
 
 # %% ../nbs/03_rewards.ipynb #99b74cde
 def same_equation(answer: str, gold: str) -> bool | None:
@@ -434,7 +491,7 @@ _ATOMS = [
     ("infinity", re.compile(r"\+? ?(-?) ?(?:\\infty|infinity)")),
     ("letter", re.compile(r"([A-Za-z])")),
 ]
-_WORDS = re.compile(r"[A-Za-z][A-Za-z' .-]*")
+_WORDS = re.compile(r"(?=.*o|(?:.*[A-Za-z]){3})[A-Za-z][A-Za-z' .-]*")  # not ab, a product
 
 # %% ../nbs/03_rewards.ipynb #36e02a01
 @lru_cache(maxsize=65_536)
@@ -443,17 +500,21 @@ def view(text: str) -> "Number | Shape | str":
     judge."""
     if (number := parse_number(text)) is not None:
         return number
+    text = re.sub(r"\\text ?\{ ?([^{}]*?) ?\}", r"\1", formula := text)
     for kind, pattern in _ATOMS:
         if match := pattern.fullmatch(text):
             return Shape(kind, match.groups())
-    if _WORDS.fullmatch(text) and sum(map(str.isalpha, text)) >= 3:
+    if _WORDS.fullmatch(text):
         return Shape("words", tuple(text.lower().split()))
     if is_one_group(text) and (group := _view_group(text)):
         return group
     for kind, separators in [("union", ["\\cup"]), ("list", [",", ";", " and "])]:
         if len(parts := [part for part in split(text, separators) if part]) > 1:
             return Shape(kind, tuple(map(view, parts)))
-    return text
+    parts = re.split(r"(?<=[A-Za-z.]) (?=[0-9])", text)
+    if len(parts) > 1 and all(re.fullmatch(r"[0-9][0-9.,/]* ?[A-Za-z. ]{2,}", part) for part in parts[:-1]):
+        return Shape("phrase", tuple(map(view, parts)))
+    return formula
 
 # %% ../nbs/03_rewards.ipynb #69606000
 def _view_group(text: str) -> "Number | Shape | str | None":
@@ -481,7 +542,7 @@ def compare(answer, gold) -> bool | None:
     if isinstance(answer, str) or isinstance(gold, str):
         if isinstance(gold, Shape):
             return False if gold.kind in _TEXT_KINDS else None
-        formula = _fraction_text(answer.value) if isinstance(answer, Number) and not answer.unit else answer
+        formula = _fraction_text(answer.value) if isinstance(answer, Number) and answer.unit in ("", "$") else answer
         return True if answer == gold else same_values(formula, gold) if isinstance(formula, str) else None
     return False if isinstance(answer, Number) else _compare_shapes(answer, gold)
 
@@ -539,8 +600,7 @@ def is_suspect(answer: str, gold: str) -> bool:
     length."""
     if len(gold) > MAX_CHARS or len(answer) > max(300, 2 * len(gold)) or _DANGEROUS.search(answer):
         return True
-    depths = [depth for _, depth in _depths(answer)]
-    if depths and max(depths) > 12 or answer.count("{") != answer.count("}"):
+    if nesting(answer) > 12 or answer.count("{") != answer.count("}"):
         return True
     plain = re.sub(r"\\operatorname|\\(?:begin|end) ?\{[a-z]+\}", "", answer)
     return any(token not in gold for token in _ONLY_IF_GOLD_HAS_IT.findall(plain))
@@ -570,7 +630,8 @@ def _drop_names(answer: str, gold: str) -> tuple[str, str]:
 
 # %% ../nbs/03_rewards.ipynb #be2f252b
 def _squeeze(text: str) -> str:
-    return re.sub(r"(?<![0-9]) +| +(?![0-9])", "", re.sub(r"\{([A-Za-z0-9])\}", r"\1", text))
+    text = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
+    return re.sub(r"(?<![0-9]) +| +(?![0-9])|\.(?![0-9])", "", re.sub(r"\{([A-Za-z0-9])\}", r"\1", text))
 
 # %% ../nbs/03_rewards.ipynb #eb44ffa3
 MAX_DEPTH = 40  # brackets within brackets
@@ -578,19 +639,19 @@ MAX_DEPTH = 40  # brackets within brackets
 
 def nesting(text: str) -> int:
     """How deep the brackets of `text` are nested, of whatever kind."""
-    depth = deepest = 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
+    return max((depth for _, depth in _depths(text)), default=0)
+
+
+def is_unreadable(text: str) -> bool:
+    """Is `text` longer or deeper than anybody writes? What reads brackets is recursive, what reads text takes time."""
+    return len(text) > MAX_CHARS or len(text) > MAX_DEPTH < nesting(text)
 
 # %% ../nbs/03_rewards.ipynb #c02436d1
 def decide(answer: str, gold: str) -> tuple[bool | None, str]:
     """(verdict, rung that gave it) without algebra; the verdict is None on the rung "sympy": only algebra can tell."""
-    if len(answer := answer.strip()) > MAX_CHARS and answer != gold.strip():
-        return False, "guard"
-    if nesting(answer) > MAX_DEPTH:
-        return False, "guard"  # nobody writes so, and what reads brackets is recursive
+    answer, gold = answer.strip(), gold.strip()
+    if is_unreadable(answer) or is_unreadable(gold):
+        return answer == gold, "guard"
     answer, gold = normalise(answer), normalise(gold)
     if not answer or answer == gold:
         return bool(answer), "identical"
@@ -598,6 +659,8 @@ def decide(answer: str, gold: str) -> tuple[bool | None, str]:
     seen, target = view(answer), view(gold)
     if getattr(seen, "kind", "") == "list" and re.fullmatch("[0-9]{1,3}(,[0-9]{3})+", gold):
         target = view(gold.replace(",", ", "))
+    if "words" in (getattr(seen, "kind", ""), getattr(target, "kind", "")) and answer.lower() == gold.lower():
+        return True, "shape"
     if (verdict := compare(seen, target)) is not None:
         return verdict, {Number: "number", str: "values"}.get(type(target), "shape")
     if same_equation(answer, gold):
