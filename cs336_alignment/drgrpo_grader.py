@@ -13,6 +13,7 @@ __all__ = ['MAX_CHARS', 'MAX_DEPTH', 'REWARD_FNS', 'app', 'boxed_answer', 'read_
 # %% ../nbs/03_rewards.ipynb #b3916d2e
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
+import itertools
 import json
 import math
 import numbers
@@ -68,11 +69,13 @@ def read_question_only(response: str) -> tuple[bool, str]:
     return answer is not None, answer or ""
 
 # %% ../nbs/03_rewards.ipynb #b4d1bd99
-def _written(gold: str | numbers.Real) -> str:
-    """A gold as text; a float as the shortest decimal near it (0.1 + 0.2 is 0.3), an integer of any length."""
-    if isinstance(gold, float) and not gold.is_integer():
-        return f"{gold:.15g}"
-    return str(Decimal(int(gold)) if isinstance(gold, numbers.Integral) else gold)
+def _written(gold: str | numbers.Real) -> list[str]:
+    """A gold as text; a float also as the shortest decimal near it (0.1 + 0.2 is 0.3)."""
+    if isinstance(gold, numbers.Rational):  # of any length, which str(int) is not
+        top, bottom = (str(Decimal(int(n))) for n in (gold.numerator, gold.denominator))
+        return [top if bottom == "1" else f"{top}/{bottom}"]
+    near = isinstance(gold, float) and not gold.is_integer()
+    return list(dict.fromkeys([f"{gold:.15g}", str(gold)])) if near else [str(gold)]
 
 
 def read_golds(ground_truth) -> tuple[str, ...]:
@@ -85,7 +88,7 @@ def read_golds(ground_truth) -> tuple[str, ...]:
         if not isinstance(gold, (str, numbers.Real)) or isinstance(gold, bool):
             kind = type(gold).__name__
             raise TypeError(f"ground_truth must be a str, a number or a list of them, not {gold!r} ({kind})")
-    texts = map(_written, many)
+    texts = itertools.chain.from_iterable(map(_written, many))
     return tuple(text if (box := boxed_answer(text)) is None else box for text in texts)
 
 # %% ../nbs/03_rewards.ipynb #aadecca4
@@ -159,7 +162,7 @@ _NOT_UNITS = frozenset(
     "or nor not to than plus minus times over by of is are squared cubed factorial negative below point mod choose base "
     "log ln exp sin cos tan sqrt root pi if maybe perhaps either but".split()
 )
-_MULTIPLE = re.compile(r"(?:half|halve|quarter|dozen|score|gross|grand|mil|mio|thou|twice|thrice|\w*fold"
+_MULTIPLE = re.compile(r"(?:half|halve|quarter|dozen|score|gross|grand|mil|mio|thou|twice|thrice|\w*fold|\w*illion(?:th)?"
                        r"|(?:doub|treb|trip|\w*up)l(?:e|y|ing)?)(?:s|d|ed)?")
 
 
@@ -168,14 +171,15 @@ def _number_words() -> frozenset[str]:
     """Cardinals and ordinals as num2words spells them, lakh and crore among them; not the second, which is a unit."""
     from num2words import num2words
 
-    numbers = {"en": [*range(101), *(10**k for k in range(3, 64))], "en_IN": [10**5, 10**7]}
-    texts = [num2words(n, lang=lang, to=to) for lang in numbers for n in numbers[lang] for to in ("cardinal", "ordinal")]
+    numbers = [*range(101), 10**3, 10**5, 10**7]
+    texts = [num2words(n, lang="en_IN", to=to) for n in numbers for to in ("cardinal", "ordinal")]
     return frozenset(re.findall("[a-z]+", " ".join(texts))) - {"second"}
 
 
+@lru_cache(maxsize=4_096)
 def _changes_number(word: str) -> bool:
-    stem = word.removesuffix("s")
-    return word in _NOT_UNITS or bool({word, stem} & _number_words() or _MULTIPLE.fullmatch(word))
+    stems = {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}
+    return word in _NOT_UNITS or bool(stems & _number_words() or _MULTIPLE.fullmatch(word))
 
 # %% ../nbs/03_rewards.ipynb #58074aeb
 _ALIASES = {"percent": "%", "percentage": "%", "pct": "%", "$": "dollar", "usd": "dollar", "€": "euro", "eur": "euro",
@@ -193,7 +197,10 @@ def _stem(word: str) -> str:
 def _pint():
     import pint
 
-    return pint.UnitRegistry()
+    registry = pint.UnitRegistry()
+    registry.define("@alias kilometer_per_hour = kmh")
+    registry.define("@alias week = wk")
+    return registry
 
 
 @lru_cache(maxsize=4_096)
@@ -206,8 +213,11 @@ def _measure_name(word: str) -> str:
 # %% ../nbs/03_rewards.ipynb #d93525cc
 def read_unit(text: str) -> str | None:
     """The unit that follows a number, as plain text ("" for none), or None if `text` can be no unit."""
+    if not text:
+        return ""
     in_text = "\\text" in text
     text = re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", text).replace("%", " percent ")
+    text = re.sub(r"(?<=[a-z]) (squared|cubed)", lambda m: "^2" if m[1] == "squared" else "^3", text)
     text = re.sub(r"\^? ?\{? ?\\circ ?\}?", " degree ", text)
     text = re.sub(r"(?i)\bdegrees? +([CF])(?:elsius|ahrenheit)?\b", lambda m: f"deg{m[1].upper()}", text)
     plain = re.sub(r"(?<=[a-z]) *\^ ?\{?-?[123]\}?", "", text)  # cm^2
@@ -219,7 +229,7 @@ def read_unit(text: str) -> str | None:
     first, attached = words[0], text[0].isalpha()
     if not in_text and any(len(word) == 1 and word not in "mghsLa" for word in words):
         return None  # 18 x
-    if len(words) == 1 and first.endswith("ed") or words == ["k"]:
+    if len(words) == 1 and first.endswith("ed") or first in ("k", "M", "B"):
         return None  # 5 doubled
     if attached or not re.search("[aeiouy]", first, re.I):  # 12km and 5 yd, but neither 3ab nor 5 bn
         if _stem(first) not in _ATTACHED and not (len(first) > 2 * attached and _measure_name(first)):
@@ -251,8 +261,10 @@ def _measure(unit: str) -> tuple[tuple, frozenset[str]]:
 
 def same_unit(a: str, b: str) -> bool:
     """May two units be the same? True if either is missing; measures must agree, of other words one."""
+    if not a or not b or a == b:
+        return True
     (measure, words), (other, other_words) = _measure(a), _measure(b)
-    return not a or not b or (measure == other if measure and other else bool(words & other_words))
+    return measure == other if measure and other else bool(words & other_words)
 
 # %% ../nbs/03_rewards.ipynb #65bd5e04
 _INT = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:[ ][0-9]{3})+|[0-9]+)"
