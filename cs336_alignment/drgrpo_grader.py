@@ -42,8 +42,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.S)
 
 
 def boxed_answer(text: str) -> str | None:
-    """Content of the last `\\boxed{...}` of `text`; None if there is none or it is never closed.
-    Linear time."""
+    """Content of the last `\\boxed{...}` of `text`; None if there is none or it is never closed."""
     start = text.rfind("\\boxed")
     if start < 0 or not (opening := _BOX.match(text, start)):
         return None
@@ -159,13 +158,15 @@ def normalise(text: str) -> str:
 
 # %% ../nbs/03_rewards.ipynb #ff64906a
 _NOT_UNITS = frozenset(
-    "or nor not to than plus minus times over by of is are squared cubed factorial negative below point mod choose base "
-    "log ln exp sin cos tan sqrt root pi if maybe perhaps either but".split()
+    "or nor not to than plus minus times over by of is are squared cubed factorial negative below point mod choose "
+    "base log ln exp sin cos tan sqrt root pi if maybe perhaps either but".split()
 )
-_MULTIPLE = re.compile(r"(?:half|halve|quarter|dozen|score|gross|grand|mil|mio|thou|twice|thrice|\w*fold|\w*illion(?:th)?"
-                       r"|(?:doub|treb|trip|\w*up)l(?:e|y|ing)?)(?:s|d|ed)?")
+_MULTIPLE = re.compile(
+    r"(?:half|halve|quarter|dozen|score|gross|grand|mil|mio|thou|twice|thrice|\w*fold|\w*illion(?:th)?"
+    r"|(?:doub|treb|trip|\w*up)l(?:e|y|ing)?)(?:s|d|ed)?"
+)
 
-
+# %% ../nbs/03_rewards.ipynb #ffe2b21a
 @lru_cache
 def _number_words() -> frozenset[str]:
     """Cardinals and ordinals as num2words spells them, lakh and crore among them; not the second, which is a unit."""
@@ -178,6 +179,7 @@ def _number_words() -> frozenset[str]:
 
 @lru_cache(maxsize=4_096)
 def _changes_number(word: str) -> bool:
+    word = word.lower()
     stems = {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}
     return word in _NOT_UNITS or bool(stems & _number_words() or _MULTIPLE.fullmatch(word))
 
@@ -185,14 +187,14 @@ def _changes_number(word: str) -> bool:
 _ALIASES = {"percent": "%", "percentage": "%", "pct": "%", "$": "dollar", "usd": "dollar", "€": "euro", "eur": "euro",
             "£": "pound", "gbp": "pound", "¥": "yen", "jpy": "yen", "¢": "cent"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-_ATTACHED = frozenset(["cm", "mm", "km", "kg", "mg", "ml", "lb", "oz", "ft", "hr", "am", "pm", *_POWERS, *_ALIASES.values()])
+_ATTACHED = frozenset([*"cm mm km kg mg ml lb oz ft hr am pm".split(), *_POWERS, *_ALIASES.values()])
 
 
 def _stem(word: str) -> str:
     stem = word.lower().removesuffix("s") or word
     return _ALIASES.get(stem, stem)
 
-
+# %% ../nbs/03_rewards.ipynb #d410798e
 @lru_cache
 def _pint():
     import pint
@@ -211,29 +213,31 @@ def _measure_name(word: str) -> str:
     return "".join(names[0][:2]) if names else ""
 
 # %% ../nbs/03_rewards.ipynb #d93525cc
-def read_unit(text: str) -> str | None:
-    """The unit that follows a number, as plain text ("" for none), or None if `text` can be no unit."""
-    if not text:
-        return ""
-    in_text = "\\text" in text
-    text = re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", text).replace("%", " percent ")
-    text = re.sub(r"(?<=[a-z]) (squared|cubed)", lambda m: "^2" if m[1] == "squared" else "^3", text)
-    text = re.sub(r"\^? ?\{? ?\\circ ?\}?", " degree ", text)
-    text = re.sub(r"(?i)\bdegrees? +([CF])(?:elsius|ahrenheit)?\b", lambda m: f"deg{m[1].upper()}", text)
+_PLAIN = [(re.compile(pattern), replacement) for pattern, replacement in [
+    (r"\\text ?\{([^{}]*)\}", r" \1 "), ("%", " percent "), (r"(?<=[a-z]) squared", "^2"), (r"(?<=[a-z]) cubed", "^3"),
+    (r"\^? ?\{? ?\\circ ?\}?", " degree "), (r"(?i)\bdegrees? +c(?:elsius)?\b", "degC"),
+    (r"(?i)\bdegrees? +f(?:ahrenheit)?\b", "degF"),
+]]
+
+# %% ../nbs/03_rewards.ipynb #0de2af09
+def read_unit(unit: str) -> str | None:
+    """The unit that follows a number, as plain text ("" for none), or None if `unit` can be no unit."""
+    text = unit
+    for pattern, replacement in _PLAIN if unit else ():
+        text = pattern.sub(replacement, text)
+    if re.fullmatch(" *[$€£¥¢]? *", text):
+        return text.strip()
     plain = re.sub(r"(?<=[a-z]) *\^ ?\{?-?[123]\}?", "", text)  # cm^2
     words = re.findall("[A-Za-z]+", plain)
-    if not words:
-        return text.strip() if re.fullmatch(" *[$€£¥¢]? *", plain) else None
-    if len(words) > 5 or not re.fullmatch(r"[A-Za-z /.()'-]*", plain) or any(_changes_number(w.lower()) for w in words):
+    if not 0 < len(words) <= 5 or not re.fullmatch(r"[A-Za-z /.()'-]*", plain) or any(map(_changes_number, words)):
         return None
-    first, attached = words[0], text[0].isalpha()
-    if not in_text and any(len(word) == 1 and word not in "mghsLa" for word in words):
+    if words[0] in ("k", "M", "B") or (len(words) == 1 and words[0].endswith("ed")):
+        return None  # 5 thousand, 5 halved
+    if "\\text" not in unit and any(len(word) == 1 and word not in "mghsLa" for word in words):
         return None  # 18 x
-    if len(words) == 1 and first.endswith("ed") or first in ("k", "M", "B"):
-        return None  # 5 doubled
-    if attached or not re.search("[aeiouy]", first, re.I):  # 12km and 5 yd, but neither 3ab nor 5 bn
-        if _stem(first) not in _ATTACHED and not (len(first) > 2 * attached and _measure_name(first)):
-            return None
+    if (unit[0].isalpha() or not re.search("[aeiouy]", words[0], re.I)) and _stem(words[0]) not in _ATTACHED:
+        if unit[0].isalpha() and len(words[0]) < 3 or not _measure_name(words[0]):
+            return None  # 12km and 5 yd, but neither 3ab nor 5 bn
     return "%" if _stem(text.strip()) == "%" else text.strip()
 
 # %% ../nbs/03_rewards.ipynb #8246b407
@@ -254,11 +258,13 @@ def _measure(unit: str) -> tuple[tuple, frozenset[str]]:
             powers[name] = powers.get(name, 0) + power * int(exponent or 1)
         words |= {*name.split("_")} if name else {_stem(word)}
         power = 1
-    from pint.util import UnitsContainer
-    factor, root = _pint().get_root_units(UnitsContainer(powers))
+    try:
+        factor, root = _pint().get_root_units(" * ".join(f"{name}**{power}" for name, power in powers.items()))
+    except Exception:  # a prefix on degrees, and other things that pint refuses
+        return (unit,), frozenset(words)
     return (f"{factor:.9g}", str(root)) if powers else (), frozenset(words)
 
-
+# %% ../nbs/03_rewards.ipynb #d2c9f339
 def same_unit(a: str, b: str) -> bool:
     """May two units be the same? True if either is missing; measures must agree, of other words one."""
     if not a or not b or a == b:
@@ -283,13 +289,12 @@ _LITERAL = re.compile(
 
 
 class Number(NamedTuple):
-    """An exact number as written: `computed` marks a fraction that hides an integer (36/2), `places` counts
-    decimals."""
+    """An exact number as written: `computed`: a fraction that hides an integer (36/2)."""
 
     value: Fraction
     unit: str
     computed: bool
-    places: int
+    places: int  # decimals
 
 # %% ../nbs/03_rewards.ipynb #ed11a6ab
 def _fraction(text: str) -> Fraction:
@@ -554,13 +559,9 @@ def compare(answer, gold) -> bool | None:
     if isinstance(answer, str) or isinstance(gold, str):
         if isinstance(gold, Shape):
             return False if gold.kind in _TEXT_KINDS else None
-        formula = _fraction_text(answer.value) if isinstance(answer, Number) and answer.unit in ("", "$") else answer
+        formula = str(answer.value) if isinstance(answer, Number) and answer.unit in ("", "$") else answer
         return True if answer == gold else same_values(formula, gold) if isinstance(formula, str) else None
     return False if isinstance(answer, Number) else _compare_shapes(answer, gold)
-
-
-def _fraction_text(value: Fraction) -> str:
-    return f"{value.numerator}/{value.denominator}"
 
 # %% ../nbs/03_rewards.ipynb #be160806
 def _compare_shapes(answer: Shape, gold: Shape) -> bool | None:
@@ -580,13 +581,11 @@ def _compare_shapes(answer: Shape, gold: Shape) -> bool | None:
 
 # %% ../nbs/03_rewards.ipynb #c844d927
 def _all(verdicts: Iterable[bool | None]) -> bool | None:
-    verdicts = list(verdicts)
-    return False if False in verdicts else None if None in verdicts else True
+    return min(verdicts, key=(False, None, True).index, default=True)
 
 
 def _same_items(answer: tuple, gold: tuple) -> bool | None:
-    """Equal as sets: every item of each has its like in the other. None if any pair needs algebra, or there are too
-    many pairs."""
+    """Equal as sets: every item of each has its like in the other. None if any pair needs algebra."""
     if len(answer) * len(gold) > 400:
         return False if len(answer) != len(gold) else None
     table = [[compare(a, g) for g in gold] for a in answer]
@@ -608,8 +607,7 @@ _ONLY_IF_GOLD_HAS_IT = re.compile(
 
 
 def is_suspect(answer: str, gold: str) -> bool:
-    """Should normalised `answer` be refused without asking algebra? True for hedges, computations, towers, nesting,
-    length."""
+    """Should normalised `answer` be refused without asking algebra? Hedges, computations, towers, nesting, length."""
     if len(gold) > MAX_CHARS or len(answer) > max(300, 2 * len(gold)) or _DANGEROUS.search(answer):
         return True
     if nesting(answer) > 12 or answer.count("{") != answer.count("}"):
@@ -773,9 +771,9 @@ def grade_cases(cases: Sequence[dict]) -> list[dict]:
         response = f"</think> <answer>{case['pred']}</answer>"
         start = time.perf_counter()
         accepted = r1_zero_reward_fn(response, case["gold"])["reward"] == 1.0
-        elapsed = 1e3 * (time.perf_counter() - start)
+        ms = 1e3 * (time.perf_counter() - start)
         rung = decide(read_r1_zero(response)[1], read_golds(case["gold"])[0])[1]
-        graded.append({**case, "accepted": accepted, "rung": rung, "ms": elapsed})
+        graded.append({**case, "accepted": accepted, "rung": rung, "ms": ms})
     return graded
 
 # %% ../nbs/03_rewards.ipynb #c49be981
@@ -784,9 +782,9 @@ def measure(cases: Sequence[dict]) -> dict:
     of them all."""
     start_workers()
     graded = grade_cases(cases)
-    errors = [
-        {key: g[key] for key in ("pred", "gold", "accepted", "rung")} for g in graded if g["accepted"] != g["equal"]
-    ]
+    keys = ("pred", "gold", "accepted", "rung")
+    errors = [{key: case[key] for key in keys} for case in graded if case["accepted"] != case["equal"]]
+    rungs = sorted({case["rung"] for case in graded})
     responses = [f"</think> <answer>{case['pred']}</answer>" for case in cases]
     start = time.perf_counter()
     grade_batch(r1_zero_reward_fn, responses, [case["gold"] for case in cases])
@@ -798,10 +796,7 @@ def measure(cases: Sequence[dict]) -> dict:
         "errors": errors,
         "batch_s": time.perf_counter() - start,
         "latency_ms": quantiles([g["ms"] for g in graded]),
-        "rungs": {
-            rung: quantiles([g["ms"] for g in graded if g["rung"] == rung])
-            for rung in sorted({g["rung"] for g in graded})
-        },
+        "rungs": {rung: quantiles([g["ms"] for g in graded if g["rung"] == rung]) for rung in rungs},
     }
 
 # %% ../nbs/03_rewards.ipynb #1e006b56
@@ -820,15 +815,9 @@ def bench(cases: Path, out: Path = Path("results/grader/equiv_cases.json"), poli
     lines = [json.loads(line) for line in cases.read_text().splitlines() if line.strip()]
     result = measure([line for line in lines if line.get("policy", "") == policy])
     packages = ["math-verify", "latex2sympy2_extended", "sympy"]
-    result |= {
-        "cases": cases.name,
-        "policy": policy,
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "cpus": cpu_count(),
-        "load": os.getloadavg()[0],
-        "versions": {name: version(name) for name in packages},
-    }
+    result |= {"cases": cases.name, "policy": policy, "date": time.strftime("%Y-%m-%d"), "cpus": cpu_count(),
+               "python": platform.python_version(), "load": os.getloadavg()[0],
+               "versions": {name: version(name) for name in packages}}
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
