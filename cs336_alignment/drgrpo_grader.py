@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_CHARS', 'MAX_DEPTH', 'REWARD_FNS', 'app', 'boxed_answer', 'read_r1_zero', 'read_question_only', 'read_golds',
-           'normalise', 'read_unit', 'same_unit', 'Number', 'parse_number', 'same_number', 'numeric_value',
-           'same_values', 'same_equation', 'split', 'is_one_group', 'Shape', 'view', 'compare', 'is_suspect',
-           'split_name', 'nesting', 'is_unreadable', 'decide', 'same_answer', 'r1_zero_reward_fn',
-           'question_only_reward_fn', 'grade_batch', 'reward_fn_of', 'quantiles', 'grade_cases', 'measure', 'commands',
-           'bench']
+           'split', 'is_one_group', 'nesting', 'is_unreadable', 'normalise', 'read_unit', 'same_unit', 'Number',
+           'parse_number', 'same_number', 'numeric_value', 'same_values', 'same_equation', 'Shape', 'view', 'compare',
+           'is_suspect', 'split_name', 'decide', 'same_answer', 'r1_zero_reward_fn', 'question_only_reward_fn',
+           'grade_batch', 'reward_fn_of', 'quantiles', 'grade_cases', 'measure', 'commands', 'bench']
 
 # %% ../nbs/03_rewards.ipynb #b3916d2e
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -89,6 +88,46 @@ def read_golds(ground_truth) -> tuple[str, ...]:
             raise TypeError(f"ground_truth must be a str, a number or a list of them, not {gold!r} ({kind})")
     texts = itertools.chain.from_iterable(map(_written, many))
     return tuple(text if (box := boxed_answer(text)) is None else box for text in texts)
+
+# %% ../nbs/03_rewards.ipynb #77b10b0c
+_TOKEN = re.compile(r"\\(?:begin|end) ?\{[a-z]+\}|\\[A-Za-z]+|\\.|[\[({\])},;&]| and |.", re.S)
+_DEPTH = dict.fromkeys(["(", "[", "{", "\\{", "\\langle"], 1) | dict.fromkeys([")", "]", "}", "\\}", "\\rangle"], -1)
+
+
+def _depths(text: str) -> Iterable[tuple[re.Match, int]]:
+    """The tokens of a LaTeX text, each with the number of brackets still open after it."""
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        depth += _DEPTH.get(token[0], token[0].startswith("\\begin") - token[0].startswith("\\end"))
+        yield token, depth
+
+
+def split(text: str, separators: Sequence[str]) -> list[str]:
+    """Cut `text` at the separators that stand outside all brackets."""
+    begin, parts = 0, []
+    for token, depth in _depths(text):
+        if depth == 0 and token[0] in separators:
+            parts.append(text[begin : token.start()].strip())
+            begin = token.end()
+    return parts + [text[begin:].strip()]
+
+# %% ../nbs/03_rewards.ipynb #116e04ed
+def is_one_group(text: str) -> bool:
+    """Does the bracket that opens `text` close only at its end?"""
+    return next((token.end() == len(text) for token, depth in _depths(text) if depth <= 0), False)
+
+# %% ../nbs/03_rewards.ipynb #eb44ffa3
+MAX_DEPTH = 40  # brackets within brackets
+
+
+def nesting(text: str) -> int:
+    """How deep the brackets of `text` are nested, of whatever kind."""
+    return max((depth for _, depth in _depths(text)), default=0)
+
+
+def is_unreadable(text: str) -> bool:
+    """Is `text` longer or deeper than anybody writes? What reads brackets is recursive, what reads text takes time."""
+    return len(text) > MAX_CHARS or len(text) > MAX_DEPTH < nesting(text)
 
 # %% ../nbs/03_rewards.ipynb #aadecca4
 _SYMBOLS = {
@@ -464,37 +503,10 @@ def same_equation(answer: str, gold: str) -> bool | None:
     ratios = [a / g for a, g in zip(*values)]
     return True if max(abs(r / ratios[0] - 1) for r in ratios) < 1e-11 else None
 
-# %% ../nbs/03_rewards.ipynb #77b10b0c
-_TOKEN = re.compile(r"\\(?:begin|end) ?\{[a-z]+\}|\\[A-Za-z]+|\\.|[\[({\])},;&]| and |.", re.S)
-_DEPTH = dict.fromkeys(["(", "[", "{", "\\{", "\\langle"], 1) | dict.fromkeys([")", "]", "}", "\\}", "\\rangle"], -1)
-
-
-def _depths(text: str) -> Iterable[tuple[re.Match, int]]:
-    """The tokens of a LaTeX text, each with the number of brackets still open after it."""
-    depth = 0
-    for token in _TOKEN.finditer(text):
-        depth += _DEPTH.get(token[0], token[0].startswith("\\begin") - token[0].startswith("\\end"))
-        yield token, depth
-
-
-def split(text: str, separators: Sequence[str]) -> list[str]:
-    """Cut `text` at the separators that stand outside all brackets."""
-    begin, parts = 0, []
-    for token, depth in _depths(text):
-        if depth == 0 and token[0] in separators:
-            parts.append(text[begin : token.start()].strip())
-            begin = token.end()
-    return parts + [text[begin:].strip()]
-
-# %% ../nbs/03_rewards.ipynb #116e04ed
-def is_one_group(text: str) -> bool:
-    """Does the bracket that opens `text` close only at its end?"""
-    return next((token.end() == len(text) for token, depth in _depths(text) if depth <= 0), False)
-
 # %% ../nbs/03_rewards.ipynb #b758700b
 class Shape(NamedTuple):
     """A structured answer: `kind` is "base", "ratio", "infinity", "letter", "words", "matrix", "row", "union",
-    "list" or a pair of brackets."""
+    "list", "phrase" or a pair of brackets."""
 
     kind: str
     items: tuple
@@ -608,7 +620,7 @@ _ONLY_IF_GOLD_HAS_IT = re.compile(
 
 def is_suspect(answer: str, gold: str) -> bool:
     """Should normalised `answer` be refused without asking algebra? Hedges, computations, towers, nesting, length."""
-    if len(gold) > MAX_CHARS or len(answer) > max(300, 2 * len(gold)) or _DANGEROUS.search(answer):
+    if len(answer) > max(300, 2 * len(gold)) or _DANGEROUS.search(answer):
         return True
     if nesting(answer) > 12 or answer.count("{") != answer.count("}"):
         return True
@@ -642,19 +654,6 @@ def _drop_names(answer: str, gold: str) -> tuple[str, str]:
 def _squeeze(text: str) -> str:
     text = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
     return re.sub(r"(?<![0-9]) +| +(?![0-9])|\.(?![0-9])", "", re.sub(r"\{([A-Za-z0-9])\}", r"\1", text))
-
-# %% ../nbs/03_rewards.ipynb #eb44ffa3
-MAX_DEPTH = 40  # brackets within brackets
-
-
-def nesting(text: str) -> int:
-    """How deep the brackets of `text` are nested, of whatever kind."""
-    return max((depth for _, depth in _depths(text)), default=0)
-
-
-def is_unreadable(text: str) -> bool:
-    """Is `text` longer or deeper than anybody writes? What reads brackets is recursive, what reads text takes time."""
-    return len(text) > MAX_CHARS or len(text) > MAX_DEPTH < nesting(text)
 
 # %% ../nbs/03_rewards.ipynb #c02436d1
 def decide(answer: str, gold: str) -> tuple[bool | None, str]:
