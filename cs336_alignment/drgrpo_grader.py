@@ -112,6 +112,10 @@ def split(text: str, separators: Sequence[str]) -> list[str]:
     return parts + [text[begin:].strip()]
 
 # %% ../nbs/03_rewards.ipynb #116e04ed
+def _without_text(text: str) -> str:
+    return re.sub(r"\\text ?\{ ?([^{}]*?) ?\}", r"\1", text) if "\\text" in text else text
+
+
 def is_one_group(text: str) -> bool:
     """Does the bracket that opens `text` close only at its end?"""
     return next((token.end() == len(text) for token, depth in _depths(text) if depth <= 0), False)
@@ -153,6 +157,7 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
         (r"\\%", "%"),
         (r"\\\$", "$"),  # 1{,}000, 5\%, \$5
         (r"\\[dtc](frac|binom)", r"\\\1"),
+        (r"\{ ?([^{}]+?) ?\\choose(?![A-Za-z]) ?([^{}]+?) ?\}", r"\\binom{\1}{\2}"),
         (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
         (r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),
         (r"(\\frac ?\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
@@ -182,7 +187,7 @@ _LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is)? ?[:=]? ", re.I)
 def normalise(text: str) -> str:
     """One spelling for the common ways to write the same LaTeX: spaces, sizes, wrappers and fractions. Never a
     change of meaning."""
-    text = re.sub(r"[^\x00-\x7f]", _in_ascii, text.strip())
+    text = text.strip() if text.isascii() else re.sub(r"[^\x00-\x7f]", _in_ascii, text.strip())
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _LEAD.sub("", text.strip(), count=1) if _LEAD.match(text.strip()) else text
@@ -423,7 +428,8 @@ def _power(tokens: list[str], point: Callable[[str], float]) -> complex:
         raise _Unclear
     if not 1e-3 < abs(exponent) < 1e3:
         raise _Unclear
-    return _moderate(base ** (int(exponent.real) if exponent == int(exponent.real) else exponent))
+    value = base ** (int(exponent.real) if exponent == int(exponent.real) else exponent)
+    return _moderate(value or (math.inf if base else 0.0))  # what underflows is not zero
 
 # %% ../nbs/03_rewards.ipynb #0991ccd8
 def _argument(tokens: list[str], point: Callable[[str], float]) -> complex:
@@ -520,7 +526,7 @@ _ATOMS = [
     ("infinity", re.compile(r"\+? ?(-?) ?(?:\\infty|infinity)")),
     ("letter", re.compile(r"([A-Za-z])")),
 ]
-_WORDS = re.compile(r"(?=.*o|(?:.*[A-Za-z]){3})[A-Za-z][A-Za-z' .-]*")  # not ab, a product
+_WORDS = re.compile(r"[A-Za-z][A-Za-z' .-]*")
 
 # %% ../nbs/03_rewards.ipynb #36e02a01
 @lru_cache(maxsize=65_536)
@@ -529,11 +535,11 @@ def view(text: str) -> "Number | Shape | str":
     judge."""
     if (number := parse_number(text)) is not None:
         return number
-    text = re.sub(r"\\text ?\{ ?([^{}]*?) ?\}", r"\1", formula := text)
+    formula, text = text, _without_text(text)
     for kind, pattern in _ATOMS:
         if match := pattern.fullmatch(text):
             return Shape(kind, match.groups())
-    if _WORDS.fullmatch(text):
+    if _WORDS.fullmatch(text) and (sum(map(str.isalpha, text)) >= 3 or "o" in text):  # ab is a product
         return Shape("words", tuple(text.lower().split()))
     if is_one_group(text) and (group := _view_group(text)):
         return group
@@ -652,7 +658,7 @@ def _drop_names(answer: str, gold: str) -> tuple[str, str]:
 
 # %% ../nbs/03_rewards.ipynb #be2f252b
 def _squeeze(text: str) -> str:
-    text = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
+    text = _without_text(text)
     return re.sub(r"(?<![0-9]) +| +(?![0-9])|\.(?![0-9])", "", re.sub(r"\{([A-Za-z0-9])\}", r"\1", text))
 
 # %% ../nbs/03_rewards.ipynb #c02436d1

@@ -36,7 +36,7 @@ def _for_parser(text: str) -> str:
         text = re.sub(r"([0-9.]+) ?\^ ?\{? ?\\circ ?\}?", r"\\frac{\1 \\pi}{180}", text)
     return f"\\boxed{{{text}}}"
 
-# %% ../nbs/E1_grading_in_processes.ipynb #0b1616b5
+# %% ../nbs/E1_grading_in_processes.ipynb #2a3004b3
 @functools.cache
 def _compare_by_size() -> None:
     '''Let math-verify's numeric comparison weigh a difference against the numbers: alone it rounds to six decimals.'''
@@ -52,7 +52,7 @@ def _compare_by_size() -> None:
         has_floats, difference = a.has(Float) or b.has(Float), a - b
         if not has_floats and difference.free_symbols | a.free_symbols:
             return difference == 0  # or simplify tells
-        return bool(size(difference) <= (1e-6 if has_floats else 1e-12) * max(size(a), size(b)))
+        return bool(size(difference) <= (1e-6 if has_floats else 1e-60) * max(size(a), size(b)))
 
     rounded, grader.sympy_numeric_eq = grader.sympy_numeric_eq, same
 
