@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_CHARS', 'MAX_DEPTH', 'REWARD_FNS', 'app', 'boxed_answer', 'read_r1_zero', 'read_question_only', 'read_golds',
            'split', 'is_one_group', 'nesting', 'is_unreadable', 'normalise', 'read_unit', 'same_unit', 'Number',
-           'parse_number', 'same_number', 'numeric_value', 'same_values', 'same_equation', 'Shape', 'view', 'compare',
-           'is_suspect', 'split_name', 'decide', 'same_answer', 'r1_zero_reward_fn', 'question_only_reward_fn',
-           'grade_batch', 'reward_fn_of', 'quantiles', 'grade_cases', 'measure', 'commands', 'bench']
+           'parse_number', 'same_number', 'numeric_value', 'same_values', 'Shape', 'view', 'compare', 'is_suspect',
+           'split_name', 'decide', 'same_answer', 'r1_zero_reward_fn', 'question_only_reward_fn', 'grade_batch',
+           'reward_fn_of', 'quantiles', 'grade_cases', 'measure', 'commands', 'bench']
 
 # %% ../nbs/03_rewards.ipynb #b3916d2e
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -230,8 +230,7 @@ def _changes_number(word: str) -> bool:
 # %% ../nbs/03_rewards.ipynb #58074aeb
 _ALIASES = {"percent": "%", "percentage": "%", "pct": "%", "$": "dollar", "usd": "dollar", "€": "euro", "eur": "euro",
             "£": "pound", "gbp": "pound", "¥": "yen", "jpy": "yen", "¢": "cent"}
-_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-_ATTACHED = frozenset([*"cm mm km kg mg ml lb oz ft hr am pm".split(), *_POWERS, *_ALIASES.values()])
+_ATTACHED = frozenset([*"cm mm km kg mg ml lb oz ft hr am pm sq cu".split(), *_ALIASES.values()])
 
 
 def _stem(word: str) -> str:
@@ -285,7 +284,7 @@ def read_unit(unit: str) -> str | None:
     return "%" if _stem(text.strip()) == "%" else text.strip()
 
 # %% ../nbs/03_rewards.ipynb #8246b407
-_PER = ("/", "per", "a", "an", "each", "every")
+_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3} | dict.fromkeys(["/", "per", "a", "an", "each", "every"], -1)
 
 
 @lru_cache(maxsize=4_096)
@@ -293,8 +292,8 @@ def _measure(unit: str) -> tuple[tuple, frozenset[str]]:
     """A unit as (factor and root units of what pint knows in it, all of its words)."""
     powers, words, power = {}, set(), 1
     for word, exponent in re.findall(r"([A-Za-z]+|[/$€£¥¢%])(?: *\^ ?\{?(-?[123]))?", unit):
-        if word in _PER or word in _POWERS:
-            power *= _POWERS.get(word, -1)
+        if word in _POWERS:
+            power *= _POWERS[word]
             continue
         noise = words and power == 1 and len(word) == 2 and word.islower()  # 18 feet in total
         name = "" if noise or _stem(word) in _ALIASES.values() else _measure_name(word)
@@ -456,10 +455,10 @@ def _named(token: str, tokens: list[str], point: Callable[[str], float]) -> comp
     if token == "\\frac":
         return _argument(tokens, point) / _argument(tokens, point)
     if token == "\\binom":
-        n, k = _argument(tokens, point).real, _argument(tokens, point).real
-        if n.is_integer():
-            raise _Unclear  # a number that is still to be computed
-        return complex(math.gamma(n + 1) / math.gamma(k + 1) / math.gamma(n - k + 1))
+        n, k = _argument(tokens, point), _argument(tokens, point)
+        if n.imag or k.imag or n.real.is_integer():
+            raise _Unclear  # not real, or a number that is still to be computed
+        return complex(math.gamma(n.real + 1) / math.gamma(k.real + 1) / math.gamma(n.real - k.real + 1))
     if token == "\\sqrt":
         degree = 2
         if tokens and tokens[-1] == "[":
@@ -496,18 +495,6 @@ def same_values(answer: str, gold: str) -> bool | None:
         elif verdict and abs(a - g) > 1e-11 * max(abs(a), abs(g)):
             verdict = None
     return verdict
-
-# %% ../nbs/03_rewards.ipynb #99b74cde
-def same_equation(answer: str, gold: str) -> bool | None:
-    """Do two equations differ by a constant factor only (2x = y and y - 2x = 0)? True, or None: they may agree."""
-    sides = [text.split("=") for text in (answer, gold)]
-    if any(len(pair) != 2 for pair in sides):
-        return None
-    values = [[numeric_value(f"{left}-({right})", k) for k in range(3)] for left, right in sides]
-    if any(v is None or abs(v) < 1e-6 for row in values for v in row) or abs(values[1][0] - values[1][1]) < 1e-6:
-        return None
-    ratios = [a / g for a, g in zip(*values)]
-    return True if max(abs(r / ratios[0] - 1) for r in ratios) < 1e-11 else None
 
 # %% ../nbs/03_rewards.ipynb #b758700b
 class Shape(NamedTuple):
@@ -678,8 +665,6 @@ def decide(answer: str, gold: str) -> tuple[bool | None, str]:
         return True, "shape"
     if (verdict := compare(seen, target)) is not None:
         return verdict, {Number: "number", str: "values"}.get(type(target), "shape")
-    if same_equation(answer, gold):
-        return True, "values"
     if _squeeze(answer) == _squeeze(gold):
         return True, "identical"
     return (False, "guard") if is_suspect(answer, gold) else (None, "sympy")
@@ -793,13 +778,10 @@ def measure(cases: Sequence[dict]) -> dict:
     responses = [f"</think> <answer>{case['pred']}</answer>" for case in cases]
     start = time.perf_counter()
     grade_batch(r1_zero_reward_fn, responses, [case["gold"] for case in cases])
+    seconds, wrong_accepts = time.perf_counter() - start, sum(error["accepted"] for error in errors)
     return {
-        "n": len(cases),
-        "n_equal": sum(case["equal"] for case in cases),
-        "wrong_accepts": sum(e["accepted"] for e in errors),
-        "wrong_refusals": sum(not e["accepted"] for e in errors),
-        "errors": errors,
-        "batch_s": time.perf_counter() - start,
+        "n": len(cases), "n_equal": sum(case["equal"] for case in cases), "wrong_accepts": wrong_accepts,
+        "wrong_refusals": len(errors) - wrong_accepts, "errors": errors, "batch_s": seconds,
         "latency_ms": quantiles([g["ms"] for g in graded]),
         "rungs": {rung: quantiles([g["ms"] for g in graded if g["rung"] == rung]) for rung in rungs},
     }
