@@ -39,7 +39,7 @@ def _for_parser(text: str) -> str:
 # %% ../nbs/E1_grading_in_processes.ipynb #2a3004b3
 @functools.cache
 def _compare_by_size() -> None:
-    '''Let math-verify's numeric comparison weigh a difference against the numbers: alone it rounds to six decimals.'''
+    """Let math-verify's numeric comparison weigh a difference against the numbers: alone it rounds to six decimals."""
     from math_verify import grader
     from sympy import Float, MatrixBase, Number
 

@@ -167,7 +167,7 @@ def test_no_orphans(tmp_path, ending):
 
 
 def test_importing_is_light():
-    code = "import sys, cs336_alignment.drgrpo_grader; print([m for m in ('torch', 'sympy', 'math_verify', 'transformers') if m in sys.modules])"
+    code = "import sys, cs336_alignment.drgrpo_grader; print([m for m in ('torch', 'sympy', 'math_verify', 'transformers', 'pint', 'num2words') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
