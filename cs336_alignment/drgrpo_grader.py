@@ -77,8 +77,7 @@ def _written(gold: str | numbers.Real) -> list[str]:
 
 
 def read_golds(ground_truth) -> tuple[str, ...]:
-    """The known answers as strings, `\\boxed{}` opened. TypeError for None or another type, ValueError for an empty
-    list."""
+    """The known answers as strings, `\\boxed{}` opened. TypeError for another type, ValueError for none."""
     many = ground_truth if isinstance(ground_truth, (list, tuple)) else [ground_truth]
     if not many:
         raise ValueError("ground_truth is an empty list: give at least one answer")
@@ -153,19 +152,14 @@ def _in_ascii(match: re.Match) -> str:
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
         (r"(?<!\\)\\!\s*|\\(?:left|right|displaystyle)(?![A-Za-z])", ""),  # spacing and sizes
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s", " "),
-        (r"\{,\}", ","),
-        (r"\\%", "%"),
-        (r"\\\$", "$"),  # 1{,}000, 5\%, \$5
+        (r"\{,\}", ","), (r"\\([%$])", r"\1"),  # 1{,}000, 5\%, \$5
         (r"\\[dtc](frac|binom)", r"\\\1"),
         (r"\{ ?([^{}]+?) ?\\choose(?![A-Za-z]) ?([^{}]+?) ?\}", r"\\binom{\1}{\2}"),
         (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
         (r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),
         (r"(\\frac ?\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
-        (r"!=|\\neq(?![A-Za-z])", r"\\ne "),
-        (r">=|\\geq(?![A-Za-z])", r"\\ge "),
-        (r"<=|\\leq(?![A-Za-z])", r"\\le "),
+        (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"), (r"!=|\\neq(?![A-Za-z])", r"\\ne "),
+        (r">=|\\geq(?![A-Za-z])", r"\\ge "), (r"<=|\\leq(?![A-Za-z])", r"\\le "),
         (r"(?<=[0-9])i(?![A-Za-z])", " i"),
         (r"(?<![A-Za-z\\])i ?\(", r"i \\cdot ("),  # 2i, i(2-i): a factor, not a function
         (r"(?<![\\^_}A-Za-z])\{([^{}]*,[^{}]*)\}", r"\\{\1\\}"),  # {1,2} is a set
@@ -180,17 +174,16 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
 _WRAPPER = re.compile(
     r"(\$\$?|\*\*)(?P<a>[^$*]+)\1|\\\((?P<b>.+)\\\)|\\\[(?P<c>.+)\\\]|\\(?:text|boxed) ?\{(?P<d>[^{}]*)\}"
 )
-_LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is)? ?[:=]? ", re.I)
+_LEAD = re.compile(r"^(?:the )?(?:final )?answer(?: is)? ?[:=]? ", re.I)
 
 # %% ../nbs/03_rewards.ipynb #9280d82e
 @lru_cache(maxsize=65_536)
 def normalise(text: str) -> str:
-    """One spelling for the common ways to write the same LaTeX: spaces, sizes, wrappers and fractions. Never a
-    change of meaning."""
+    """One spelling for the common ways to write the same LaTeX. Never a change of meaning."""
     text = text.strip() if text.isascii() else re.sub(r"[^\x00-\x7f]", _in_ascii, text.strip())
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _LEAD.sub("", text.strip(), count=1) if _LEAD.match(text.strip()) else text
+    text = _LEAD.sub("", text.strip())
     for _ in range(4):  # wrappers nest: $\text{18}$
         text = text.strip().rstrip(".;\\ ")
         if not (match := _WRAPPER.fullmatch(text)):
@@ -351,8 +344,7 @@ def _repeating(match: re.Match) -> str:
 
 # %% ../nbs/03_rewards.ipynb #142ff4df
 def parse_number(text: str) -> Number | None:
-    """The rational number that normalised `text` writes, or None if it writes none. No arithmetic but one fraction
-    bar."""
+    """The rational number that normalised `text` writes, or None. No arithmetic but one fraction bar."""
     text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
     match = _LITERAL.fullmatch(_REPEATING.sub(_repeating, text).strip())
     if not match or (unit := read_unit(match["unit"])) is None:
@@ -473,8 +465,7 @@ def _named(token: str, tokens: list[str], point: Callable[[str], float]) -> comp
 
 # %% ../nbs/03_rewards.ipynb #0ecba160
 def numeric_value(text: str, k: int) -> complex | None:
-    """Value of a normalised formula at the k-th fixed point (real, of either sign, for every letter); None if it is
-    unclear."""
+    """Value of a normalised formula at the k-th fixed point (every letter is real, of either sign); None if unclear."""
     tokens = _MATH.findall(text)[::-1] if len(text) <= 200 else []
     try:
         value = _sum(tokens, lambda letter: 2 * math.sin(1.7 * (k + 1) * ord(letter)))
@@ -518,8 +509,7 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z' .-]*")
 # %% ../nbs/03_rewards.ipynb #36e02a01
 @lru_cache(maxsize=65_536)
 def view(text: str) -> "Number | Shape | str":
-    """What a normalised text writes: a number, a shape of items, or (unchanged) an expression that only algebra can
-    judge."""
+    """What a normalised text writes: a number, a shape of items, or (unchanged) an expression."""
     if (number := parse_number(text)) is not None:
         return number
     formula, text = text, _without_text(text)
@@ -599,16 +589,10 @@ def _same_items(answer: tuple, gold: tuple) -> bool | None:
     return all(map(any, table)) and all(map(any, zip(*table)))
 
 # %% ../nbs/03_rewards.ipynb #a3df62cf
-_DANGEROUS = re.compile(
-    r"""[0-9]{40} | \*\* | [^\x20-\x7e] | [0-9][eE][-+]?[0-9]{3} | \^\ ?[{(]*\ ?-?[0-9]{5}
-    | [0-9)}]\ ?\^\ ?[{(]*\ ?-?[0-9]+\ ?[)}]*\ ?\^""",
-    re.X,
-)
-_ONLY_IF_GOLD_HAS_IT = re.compile(
-    r"""! | \? | [0-9]\ ?_ | (?<![\\A-Za-z])(?:(?:or|and|not|any|all)(?![A-Za-z])|[A-Za-z]{4,})
-    | \\(?:int|sum|prod|lim|[lc]?dots|lor|vee|binom|Gamma|zeta|bigcup)(?![a-z])""",
-    re.X,
-)
+_DANGEROUS = re.compile(r"""[0-9]{40} | \*\* | [^\x20-\x7e] | [0-9][eE][-+]?[0-9]{3} | \^\ ?[{(]*\ ?-?[0-9]{5}
+    | [0-9)}]\ ?\^\ ?[{(]*\ ?-?[0-9]+\ ?[)}]*\ ?\^""", re.X)
+_ONLY_IF_GOLD_HAS_IT = re.compile(r"""! | \? | [0-9]\ ?_ | (?<![\\A-Za-z])(?:(?:or|and|not|any|all)(?![A-Za-z])|[A-Za-z]{4,})
+    | \\(?:int|sum|prod|lim|[lc]?dots|lor|vee|binom|Gamma|zeta|bigcup)(?![a-z])""", re.X)
 
 
 def is_suspect(answer: str, gold: str) -> bool:
@@ -623,9 +607,7 @@ def is_suspect(answer: str, gold: str) -> bool:
 # %% ../nbs/03_rewards.ipynb #03e72c9a
 _NAME = re.compile(
     r"((?:[A-Za-z]{1,3}|\\[a-z]+)(?:_\{?\w+\}?)?'?(?: ?\([A-Za-z0-9, ]+\))?|\([a-z](?: ?, ?[a-z])+\))"
-    r" ?(?:=|\\in(?![A-Za-z])) ?([^=<>]+)",
-    re.S,
-)
+    r" ?(?:=|\\in(?![A-Za-z])) ?([^=<>]+)", re.S)
 
 
 def split_name(text: str) -> tuple[str, str]:
@@ -636,9 +618,7 @@ def split_name(text: str) -> tuple[str, str]:
 
 def _drop_names(answer: str, gold: str) -> tuple[str, str]:
     (name, value), (gold_name, gold_value) = split_name(answer), split_name(gold)
-    gold_is_plain, answer_is_plain = (
-        "=" not in text and "\\in" not in text.replace("\\infty", "") for text in (gold, answer)
-    )
+    gold_is_plain, answer_is_plain = ("=" not in t and "\\in" not in t.replace("\\infty", "") for t in (gold, answer))
     if gold_is_plain and "=" in answer:  # x = 1, y = 2 for 1, 2
         value = ", ".join(split_name(part)[1] for part in split(answer, [","]))
     return (value, gold_value) if gold_is_plain or answer_is_plain or name == gold_name else (answer, gold)
@@ -682,8 +662,7 @@ def _rewards(formatted: bool, right: bool) -> dict[str, float]:
 
 
 def same_answer(answer: str, ground_truth, timeout_s: float = 1.0, memory_mb: int = 1024) -> bool:
-    """Does `answer` equal the known answer (any of them, if it is a list)? Bounded in time and memory whatever it
-    says."""
+    """Does `answer` equal the known answer (any of them, if it is a list)? Bounded in time and memory."""
     golds = read_golds(ground_truth)
     right, pending = _pending(answer, golds)
     return right or bool(pending) and ask_pool(normalise(answer), pending, timeout_s, memory_mb, min(8, cpu_count()))
@@ -768,8 +747,7 @@ def grade_cases(cases: Sequence[dict]) -> list[dict]:
 
 # %% ../nbs/03_rewards.ipynb #c49be981
 def measure(cases: Sequence[dict]) -> dict:
-    """Counts, errors and latencies of labelled pairs, graded one by one with warm workers, and the time of one batch
-    of them all."""
+    """Errors and latencies of labelled pairs, graded one by one with warm workers, and the time of one batch of all."""
     start_workers()
     graded = grade_cases(cases)
     keys = ("pred", "gold", "accepted", "rung")
@@ -797,8 +775,7 @@ def commands() -> None:
 # %% ../nbs/03_rewards.ipynb #1c4c7fec
 @app.command()
 def bench(cases: Path, out: Path = Path("results/grader/equiv_cases.json"), policy: str = "") -> None:
-    """Measure the grader on CASES: JSON lines with pred, gold, equal and, if any, policy (only lines with this
-    POLICY are used)."""
+    """Measure the grader on CASES: JSON lines with pred, gold, equal and, if any, policy (only those of POLICY)."""
     lines = [json.loads(line) for line in cases.read_text().splitlines() if line.strip()]
     result = measure([line for line in lines if line.get("policy", "") == policy])
     packages = ["math-verify", "latex2sympy2_extended", "sympy"]
