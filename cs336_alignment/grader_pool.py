@@ -36,7 +36,7 @@ def _for_parser(text: str) -> str:
         text = re.sub(r"([0-9.]+) ?\^ ?\{? ?\\circ ?\}?", r"\\frac{\1 \\pi}{180}", text)
     return f"\\boxed{{{text}}}"
 
-# %% ../nbs/E1_grading_in_processes.ipynb #2a3004b3
+# %% ../nbs/E1_grading_in_processes.ipynb #b04abb1a
 @functools.cache
 def _compare_by_size() -> None:
     """Let math-verify's numeric comparison weigh a difference against the numbers: alone it rounds to six decimals."""
@@ -47,8 +47,8 @@ def _compare_by_size() -> None:
         return max((abs(number) for number in expression.evalf().atoms(Number)), default=1)
 
     def same(a, b, *precision) -> bool:
-        if not rounded(a, b, *precision) or isinstance(a, MatrixBase):
-            return rounded(a, b, *precision)  # a matrix was compared item by item, here
+        if not (verdict := rounded(a, b, *precision)) or isinstance(a, MatrixBase):
+            return verdict  # a matrix was compared item by item, here
         has_floats, difference = a.has(Float) or b.has(Float), a - b
         if not has_floats and difference.free_symbols | a.free_symbols:
             return difference == 0  # or simplify tells
