@@ -60,7 +60,7 @@ def small_world(monkeypatch):
     rewarded_by(monkeypatch, digits_reward)
     monkeypatch.setattr(grpo_runs, "save_policy", lambda *args: None)
     monkeypatch.setattr(grpo_runs, "vllm_problem", lambda: "not here.")
-    monkeypatch.setattr(grpo_runs, "data_sets", lambda config: (grpo_problems("train")[:50], grpo_problems("test")[:config.n_eval]))
+    monkeypatch.setattr(grpo_runs, "run_problems", lambda config: (grpo_problems("train")[:50], grpo_problems("test")[:config.n_eval]))
 
 
 def grpo_problems(split, cache={}):
