@@ -279,13 +279,16 @@ def fill_prompt(template: str, question: str) -> str:
     return template.replace("{question}", question)
 
 # %% ../nbs/01_data.ipynb #ea56be7e
-def teacher_response(problem: Problem) -> str:
-    """The ideal continuation of a prompt that ends in `<think>`: ` steps </think> <answer> result </answer>`.
+def teacher_response(problem: Problem, prompt: str = "r1_zero") -> str:
+    """The ideal continuation of a prompt: ` steps </think> <answer> result </answer>`; after question_only, which has
+    no tags, ` steps \\boxed{result}`.
 
     Raises DataError if the problem has no worked solution.
     """
     if not problem.solution:
         raise DataError(f"no worked solution to teach from: {problem.question[:60]!r}")
+    if prompt == "question_only":
+        return f" {problem.solution} \\boxed{{{problem.ground_truth}}}"
     return f" {problem.solution} </think> <answer> {problem.ground_truth} </answer>"
 
 # %% ../nbs/01_data.ipynb #da6c2779

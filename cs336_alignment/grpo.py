@@ -114,13 +114,14 @@ def evaluates(config: GRPOConfig, step: int) -> bool:
 def compute_advantages(config: GRPOConfig, raw_rewards: Tensor) -> tuple[Tensor, dict[str, float]]:
     """What multiplies each response's log-probabilities, (n,), from its reward (n,); and the rewards' statistics.
 
-    Advantages (handout §7.1), divided by the group's mean for "maxrl"; for loss type no_baseline the rewards."""
-    advantages, statistics = group_normalize(raw_rewards, config.group_size, config.advantage_eps,
-                                             config.use_std_normalization)
-    if config.advantage == "maxrl":
-        means = raw_rewards.view(-1, config.group_size).mean(dim=1, keepdim=True)
-        advantages = (advantages.view(means.shape[0], -1) / (means + config.advantage_eps)).flatten()
-    return (raw_rewards if config.loss_type == "no_baseline" else advantages), statistics
+    Advantages (handout §7.1), for loss type no_baseline the rewards; then what `config.advantage` makes of them."""
+    A, statistics = group_normalize(raw_rewards, config.group_size, config.advantage_eps, config.use_std_normalization)
+    groups = raw_rewards.view(-1, config.group_size)
+    A = groups if config.loss_type == "no_baseline" else A.view_as(groups)
+    contrast = (groups != groups[:, :1]).any(dim=1, keepdim=True)
+    A = {"grpo": A, "maxrl": A / (groups.mean(dim=1, keepdim=True) + config.advantage_eps),
+         "positive": A.clamp(min=0), "mixed": A * contrast}[config.advantage]
+    return A.flatten(), statistics
 
 # %% ../nbs/12_grpo.ipynb #94f684bf
 def rollout_examples(completions: Sequence[Completion], advantages: Tensor) -> list[Example]:

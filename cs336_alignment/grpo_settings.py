@@ -52,7 +52,8 @@ class GRPOConfig(HandoutSettings):
     seeded_rollouts: bool = True  # needed to repeat a run exactly; costs vLLM speed
     clip_high: Rate | None = None  # DAPO: the upper clip is 1 + clip_high instead of 1 + cliprange
     ratio_level: Literal["token", "sequence"] = "token"  # "sequence": GSPO
-    advantage: Literal["grpo", "maxrl"] = "grpo"
+    advantage: Literal["grpo", "maxrl", "positive", "mixed"] = "grpo"  # "positive": max(A, 0); "mixed": 0 in a group
+    # whose rewards are all equal, also for no_baseline (Reinforce-Rej, Xiong et al. 2025)
     tis_cap: Rate | None = None  # truncated importance weights, trainer / engine
     kl_coef: NonNegative = 0.0  # weight of KL(policy ‖ start policy)
     mask_overlong: bool = False  # responses that were cut off at max_tokens teach nothing
