@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['side_by_side', 'models', 'app', 'Option', 'Settings', 'GRID', 'NO_CLIP', 'EXPERIMENTS', 'FULL', 'SEEDS', 'RATES',
-           'STARTS', 'START', 'GSM8K', 'OWN', 'ABOUT', 'GRPO_RATES', 'grpo_command_config', 'main',
-           'only_after_the_command', 'run_command', 'off_policy', 'variants', 'grpo_start_config', 'experiment_config',
-           'experiment_runs', 'show_runs', 'run_grpo_experiment', 'run_experiment', 'report', 'crossed_configs',
-           'add_command', 'sweep_start', 'sweep_configs', 'start_config', 'real_config']
+           'STARTS', 'START', 'GSM8K', 'OWN', 'ABOUT', 'grpo_command_config', 'main', 'only_after_the_command',
+           'run_command', 'off_policy', 'variants', 'grpo_start_config', 'experiment_config', 'experiment_runs',
+           'show_runs', 'run_grpo_experiment', 'run_experiment', 'report', 'crossed_configs', 'add_command']
 
 # %% ../nbs/13_grpo_experiments.ipynb #a4f9d6f6
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -109,7 +108,7 @@ EXPERIMENTS: dict[str, dict[str, Settings]] = {
     "off-policy": {"baseline": {}, "e2_b128": GRID["e2_b128"]},
     "off-policy-sweep": {"baseline": {}, **GRID},
     "clip-ablation": {name: GRID[name] for name in ("e2_b128", "e4_b64")} | NO_CLIP,
-    "prompt-ablation": {"baseline": {}, "question_only": dict(prompt="question_only")},
+    "prompt-ablation": {},
     "variants": {"baseline": {}, "dr_grpo": NAMED["dr_grpo"], "maxrl": NAMED["maxrl"],
                  "token_mean": dict(length_normalization="token"), "mask_overlong": dict(mask_overlong=True),
                  "e2_b128": GRID["e2_b128"], "clip_higher_e2_b128": GRID["e2_b128"] | dict(clip_high=0.28),
@@ -126,7 +125,7 @@ SEEDS = {"micro": 16, "pocket": 4, "course": 4}
 RATES = {"micro": (2.5e-5, 5e-5, 1e-4, 4e-4, 8e-4, 1.6e-3), "pocket": (1e-6, 3e-6, 2e-5, 3e-5, 5e-5, 1e-4),
          "course": (1e-6, 3e-6, 2e-5, 3e-5, 5e-5, 1e-4)}  # beside the base's
 STARTS: dict[str, dict[str, Settings]] = {
-    "micro": {"tags": dict(n_train=512), "question_only": dict(n_train=512, prompt="question_only")},
+    "micro": {"tags": dict(epochs=2), "question_only": dict(epochs=2, prompt="question_only")},
     "pocket": {"all_x1": dict(epochs=1), "all_x2": dict(epochs=2), "n1024_x2": dict(n_train=1024, epochs=2),
                "n1024_x6": dict(n_train=1024, epochs=6), "question_only": dict(epochs=1, prompt="question_only"),
                "gsm8k": dict(epochs=3, data="gsm8k", eval_data="gsm8k", n_eval=1319)},
@@ -144,12 +143,13 @@ OWN: dict[str, dict[str, dict[str, Settings]]] = {  # variants of one track only
                                   "question_only": dict(start="question_only", prompt="question_only")}},
     "pocket": {"off-policy-sweep": {f"broad_{name}": settings | dict(n_grpo_steps=40, eval_every=10)
                                     for name, settings in {"baseline": {}, **GRID}.items()},
-               "prompt-ablation": {"question_only": dict(start="question_only", prompt="question_only")},
+               "prompt-ablation": {"baseline": {},
+                                   "question_only": dict(start="question_only", prompt="question_only")},
                "variants": {"overlap": dict(overlap=True), "overlap_tis": dict(overlap=True, tis_cap=2.0),
                             **{f"start_{name}": dict(start=name) for name in ("all_x2", "n1024_x2", "n1024_x6")},
                             "start_three_shot": dict(start=None, prompt="r1_zero_three_shot"),
                             "gsm8k": GSM8K, "gsm8k_2e-5": GSM8K | dict(learning_rate=2e-5)}},
-    "course": {}}
+    "course": {"prompt-ablation": {"baseline": {}, "question_only": dict(prompt="question_only")}}}
 
 # %% ../nbs/13_grpo_experiments.ipynb #150023f3
 def variants(command: str, track: str) -> dict[str, Settings]:
@@ -276,31 +276,3 @@ for name in ABOUT:
 # %% ../nbs/13_grpo_experiments.ipynb #f9ffb4fc
 if __name__ == "__main__" and "__file__" in globals():
     app()
-
-# %% ../nbs/13_grpo_experiments.ipynb #66c863eb
-GRPO_RATES = (1e-5, 2e-5, 4e-5, 8e-5)  # expert iteration loses at a constant 1e-4 (09)
-
-
-def sweep_start(track: str, seed: int = 0, **settings) -> SFTConfig:
-    """The start policy of the sweep: 1,024 examples, none of them among the problems that the sweep is evaluated on."""
-    return sft_config(track, 1024, seed, variant="n1024_unseen", eval_data="validation",
-                      n_eval=grpo_config(track).n_eval, **settings)
-
-
-def sweep_configs(track: str, start: SFTConfig, seed: int = 0) -> list[GRPOConfig]:
-    """The runs of the sweep over learning rates, from a trained policy."""
-    return [grpo_config(track, family="grpo_lr_sweep", variant=f"lr{rate:g}", seed=seed, learning_rate=rate,
-                        n_grpo_steps=100, eval_every=25, eval_data="validation", model=policy_name(start))
-            for rate in GRPO_RATES]
-
-# %% ../nbs/13_grpo_experiments.ipynb #50413d67
-def start_config(track: str, data: str, seed: int = 0, **settings) -> SFTConfig:
-    """What GRPO starts from: a policy of 1,024 examples, since all might be known by heart; one of all of GSM8K."""
-    return gsm8k_config(track, seed, **settings) if data == "gsm8k" else sft_config(track, 1024, seed, **settings)
-
-
-def real_config(track: str, data: str, start: SFTConfig, family: str = "grpo", **settings) -> GRPOConfig:
-    """200 steps from the policy finetuned on the same data set, of the seed of its start policy."""
-    whole_test = {"n_eval": 1319, "eval_every": 25} if data == "gsm8k" else {}
-    return grpo_config(track, family=family, variant=data, seed=start.seed, train_data=data, eval_data=data,
-                       model=policy_name(start), **settings, **whole_test)

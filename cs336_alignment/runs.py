@@ -7,11 +7,11 @@ __all__ = ['RUN_KEYS', 'Positive', 'Count', 'Rate', 'NonNegative', 'Share', 'NOT
            'FIRST', 'LAST', 'KEPT_LINES', 'KEPT_STEPS', 'KEPT_QUESTIONS', 'INDEX_HEAD', 'RunConflict', 'run_folder',
            'policy_name', 'Config', 'make_config', 'variant_name', 'append_jsonl', 'write_text', 'write_json',
            'read_json', 'json_safe', 'from_json_safe', 'environment', 'Run', 'wall_s', 'DiskFull', 'is_disk_full',
-           'guarded', 'log_metrics', 'read_metrics', 'log_rollouts', 'bar_numbers', 'show_numbers', 'training_steps',
-           'say_once', 'Mirror', 'wandb_mode', 'open_mirror', 'serve_mirror', 'start_mirror', 'mirror_metrics',
-           'stop_mirror', 'batch_indices', 'seed_everything', 'rng_state', 'set_rng_state', 'portable', 'sync',
-           'sync_logs', 'is_checkpoint', 'write_checkpoint', 'save_checkpoint', 'find_checkpoint', 'rewind',
-           'read_state', 'restore_checkpoint', 'read_summary', 'read_config', 'check_config', 'move_aside',
+           'guarded', 'log_metrics', 'read_metrics', 'log_rollouts', 'bar_numbers', 'show_numbers', 'seen_by_someone',
+           'training_steps', 'say_once', 'Mirror', 'wandb_mode', 'open_mirror', 'serve_mirror', 'start_mirror',
+           'mirror_metrics', 'stop_mirror', 'batch_indices', 'seed_everything', 'rng_state', 'set_rng_state',
+           'portable', 'sync', 'sync_logs', 'is_checkpoint', 'write_checkpoint', 'save_checkpoint', 'find_checkpoint',
+           'rewind', 'read_state', 'restore_checkpoint', 'read_summary', 'read_config', 'check_config', 'move_aside',
            'note_environment', 'only_writer', 'open_run', 'begin_or_continue', 'say', 'finish_run', 'summarise_log',
            'find_results', 'run_folders', 'published_families', 'evaluated_on', 'run_row', 'as_cell', 'from_cell',
            'write_table', 'read_table', 'rounded', 'published_line', 'published_rollout', 'kept_lines', 'kept_rollouts',
@@ -324,12 +324,17 @@ def show_numbers(run: Run, metrics: dict) -> None:
         run.bar.set_postfix({key: run.bar.numbers[key] for key in (known or list(run.bar.numbers))[:2]})
 
 
+def seen_by_someone() -> bool:
+    """Whether progress bars have a reader: a terminal or a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
 def training_steps(run: Run, total: int, progress: bool | None = None):
     """The steps that are still to do: from the one after the last checkpoint to `total`, with a progress bar.
 
     progress: default, whether someone can see it: in a terminal or a notebook.
     """
-    seen = sys.stderr.isatty() or "ipykernel" in sys.modules if progress is None else progress
+    seen = seen_by_someone() if progress is None else progress
     with tqdm(total=total, initial=run.step, disable=not seen, leave=False, bar_format=BAR_FORMAT,
               dynamic_ncols=True) as run.bar:
         for step in range(run.step + 1, total + 1):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(BENCH))
 
 import engine_throughput
 import grpo_step
-from cs336_alignment import grpo_runs, models, run_queue as runs, vllm_engine
+from cs336_alignment import models, run_queue as runs, side_by_side, vllm_engine
 from cs336_alignment.inference import SamplingParams
 
 SEEDED = SamplingParams(seed=3, max_tokens=8)
@@ -83,7 +83,7 @@ def test_a_policy_is_trained_again_only_where_it_is_missing(tmp_path, monkeypatc
     monkeypatch.setattr(runs, "sft", lambda config, engine, root, **options: calls.append((config, root, options["keep"])))
     worker(tmp_path / "results", 2).have(config)
     worker(tmp_path / "results", 2).have(config, needed=False)
-    monkeypatch.setattr(models, "trained_policies", lambda: ["sft_experiments_pocket/n1024_seed2"])
+    monkeypatch.setattr(side_by_side, "trained_policies", lambda: ["sft_experiments_pocket/n1024_seed2"])
     worker(tmp_path / "results", 2).have(config)
     (again, root, keep), = calls
     assert again == replace(config, evaluations=1) and keep and root == tmp_path / "results" / "logs" / "again"
@@ -140,35 +140,6 @@ def test_a_step_costs_what_more_tokens_cost_without_the_prompts():
     assert 0.009 < engine_throughput.step_seconds(engine, ["a"], 10) < 0.013
 
 
-def test_grpo_gets_the_engine_itself(tmp_path):
-    assert worker(tmp_path).bare_engine is None
-    remembering = runs.Remembering(Counting())
-    w = runs.Worker(0, [0], "pocket", tmp_path, remembering, False)
-    assert w.bare_engine is remembering.engine
-
-
-def test_grpo_starts_from_the_policy_of_its_data_and_takes_larger_passes_alone(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(runs.Worker, "tuned", lambda w: {})
-    monkeypatch.setattr(runs.Worker, "wait_for", lambda w, paths: None)
-    monkeypatch.setattr(runs.Worker, "have", lambda w, config: None)
-    monkeypatch.setattr(runs, "best_of", lambda *args: {"learning_rate": 2e-5})
-    monkeypatch.setattr(grpo_runs, "run_grpo", lambda config, *args, **options: calls.append((config, options["pass_tokens"])) or
-                        {"final": {"answer_accuracy": 0.5}})
-    for stage, seeds in [("grpo", [0, 1, 2, 3]), ("grpo_gsm8k", [0, 1, 2, 3]), ("grpo_alone", [0])]:
-        runs.STAGES[stage](worker(tmp_path, 0, seeds))
-    (symbolic, few), (gsm8k, _), (alone, many) = calls
-    assert (symbolic.model, symbolic.eval_data, symbolic.learning_rate) == ("sft_experiments_pocket/n1024_seed0", "gsm_symbolic", 2e-5)
-    assert (gsm8k.model, gsm8k.train_data, gsm8k.eval_data) == ("sft_experiments_pocket/gsm8k_seed0", "gsm8k", "gsm8k")
-    assert gsm8k.n_eval == 1319 and gsm8k.learning_rate == 2e-5  # its whole test set
-    assert (few, many) == (16_384, 65_536) and alone.family == "grpo_alone" and alone.model == symbolic.model
-
-
-def test_the_run_that_is_timed_is_alone(tmp_path):
-    with pytest.raises(ValueError, match="--seeds 0"):
-        runs.STAGES["grpo_alone"](worker(tmp_path))
-
-
 def test_a_stage_that_fails_leaves_the_others_running_and_is_told(tmp_path, monkeypatch, capsys):
     done = []
 
@@ -196,9 +167,9 @@ def test_each_seed_is_a_process_and_the_ones_that_fail_are_told(tmp_path):
     assert (tmp_path / "logs" / "seed2.log").read_text() == "['-c', '--seed', '2']\n"
 
 
-def test_by_default_all_stages_run_but_the_one_that_is_alone(tmp_path, monkeypatch):
+def test_by_default_all_stages_run(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(runs, "run_seeds", lambda command, seeds, root: commands.append(command) or {})
     with pytest.raises(SystemExit):
         runs.main(root=tmp_path)
-    assert set(runs.STAGES) & set(commands[0]) == set(runs.STAGES) - {"grpo_alone"}
+    assert [word for word in commands[0] if word in runs.STAGES] == list(runs.STAGES)
