@@ -125,7 +125,7 @@ SEEDS = {"micro": 16, "pocket": 4, "course": 4}
 RATES = {"micro": (2.5e-5, 5e-5, 1e-4, 4e-4, 8e-4, 1.6e-3), "pocket": (1e-6, 3e-6, 2e-5, 3e-5, 5e-5, 1e-4),
          "course": (1e-6, 3e-6, 2e-5, 3e-5, 5e-5, 1e-4)}  # beside the base's
 STARTS: dict[str, dict[str, Settings]] = {
-    "micro": {"tags": dict(epochs=2), "question_only": dict(epochs=2, prompt="question_only")},
+    "micro": {"tags": dict(n_train=1024), "question_only": dict(n_train=1024, prompt="question_only")},
     "pocket": {"all_x1": dict(epochs=1), "all_x2": dict(epochs=2), "n1024_x2": dict(n_train=1024, epochs=2),
                "n1024_x6": dict(n_train=1024, epochs=6), "question_only": dict(epochs=1, prompt="question_only"),
                "gsm8k": dict(epochs=3, data="gsm8k", eval_data="gsm8k", n_eval=1319)},
