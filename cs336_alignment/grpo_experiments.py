@@ -118,7 +118,7 @@ EXPERIMENTS: dict[str, dict[str, Settings]] = {
 
 # %% ../nbs/13_grpo_experiments.ipynb #a97e6375
 FULL: dict[str, Settings] = {  # sizes of a published run
-    "micro": dict(n_grpo_steps=100, n_eval=512, eval_every=10, checkpoint_every=50, learning_rate=2e-4),
+    "micro": dict(n_grpo_steps=100, n_eval=512, eval_every=20, checkpoint_every=50, learning_rate=2e-4),
     "pocket": dict(n_grpo_steps=200, n_eval=1024, eval_every=20, eval_data="validation", learning_rate=1e-5),
     "course": dict(n_grpo_steps=200, n_eval=1024, eval_every=10)}
 SEEDS = {"micro": 16, "pocket": 4, "course": 4}

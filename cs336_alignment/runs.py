@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['RUN_KEYS', 'Positive', 'Count', 'Rate', 'NonNegative', 'Share', 'NOT_FINITE', 'BAR_METRICS', 'BAR_FORMAT', 'LOGS',
-           'FIRST', 'LAST', 'KEPT_LINES', 'KEPT_STEPS', 'KEPT_QUESTIONS', 'INDEX_HEAD', 'RunConflict', 'run_folder',
-           'policy_name', 'Config', 'make_config', 'variant_name', 'append_jsonl', 'write_text', 'write_json',
-           'read_json', 'json_safe', 'from_json_safe', 'environment', 'Run', 'wall_s', 'DiskFull', 'is_disk_full',
-           'guarded', 'log_metrics', 'read_metrics', 'log_rollouts', 'bar_numbers', 'show_numbers', 'seen_by_someone',
-           'training_steps', 'say_once', 'Mirror', 'wandb_mode', 'open_mirror', 'serve_mirror', 'start_mirror',
-           'mirror_metrics', 'stop_mirror', 'batch_indices', 'seed_everything', 'rng_state', 'set_rng_state',
-           'portable', 'sync', 'sync_logs', 'is_checkpoint', 'write_checkpoint', 'save_checkpoint', 'find_checkpoint',
-           'rewind', 'read_state', 'restore_checkpoint', 'read_summary', 'read_config', 'check_config', 'move_aside',
-           'note_environment', 'only_writer', 'open_run', 'begin_or_continue', 'say', 'finish_run', 'summarise_log',
-           'find_results', 'run_folders', 'published_families', 'evaluated_on', 'run_row', 'as_cell', 'from_cell',
-           'write_table', 'read_table', 'rounded', 'published_line', 'published_rollout', 'kept_lines', 'kept_rollouts',
-           'write_rollouts', 'read_rollouts', 'Published', 'read_published', 'publishable', 'publish', 'index_line',
-           'write_index', 'load_run', 'load_runs', 'run_table', 'load_rollouts', 'command']
+           'FIRST', 'LAST', 'KEPT_LINES', 'KEPT_STEPS', 'KEPT_QUESTIONS', 'MANY', 'INDEX_HEAD', 'RunConflict',
+           'run_folder', 'policy_name', 'Config', 'make_config', 'variant_name', 'append_jsonl', 'write_text',
+           'write_json', 'read_json', 'json_safe', 'from_json_safe', 'environment', 'Run', 'wall_s', 'DiskFull',
+           'is_disk_full', 'guarded', 'log_metrics', 'read_metrics', 'log_rollouts', 'bar_numbers', 'show_numbers',
+           'seen_by_someone', 'training_steps', 'say_once', 'Mirror', 'wandb_mode', 'open_mirror', 'serve_mirror',
+           'start_mirror', 'mirror_metrics', 'stop_mirror', 'batch_indices', 'seed_everything', 'rng_state',
+           'set_rng_state', 'portable', 'sync', 'sync_logs', 'is_checkpoint', 'write_checkpoint', 'save_checkpoint',
+           'find_checkpoint', 'rewind', 'read_state', 'restore_checkpoint', 'read_summary', 'read_config',
+           'check_config', 'move_aside', 'note_environment', 'only_writer', 'open_run', 'begin_or_continue', 'say',
+           'finish_run', 'summarise_log', 'find_results', 'run_folders', 'published_families', 'evaluated_on',
+           'run_row', 'as_cell', 'from_cell', 'differing', 'write_table', 'read_table', 'rounded', 'published_line',
+           'published_rollout', 'kept_lines', 'kept_rollouts', 'write_rollouts', 'read_rollouts', 'Published',
+           'read_published', 'publishable', 'publish', 'index_line', 'write_index', 'load_run', 'load_runs',
+           'run_table', 'load_rollouts', 'command']
 
 # %% ../nbs/E4_runs.ipynb #578c4539
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -803,19 +804,31 @@ FIRST = ("variant", "seed", "steps", "n_eval", "eval_data", "temperature", "answ
 LAST = ("best", "wall_s", "gpu", "commit", "date", "config", "environment")  # all others between these
 
 
+def differing(value: Any, first: Any) -> Any:
+    """A cell as it is written: of a dict with the first row's keys, "+" and the entries that differ from that row's."""
+    if not (isinstance(value, dict) and isinstance(first, dict) and value is not first and value.keys() == first.keys()):
+        return value
+    return "+" + json.dumps({k: v for k, v in value.items() if v != first[k]}, ensure_ascii=False, default=_plain)
+
+
 def write_table(path: Path, rows: list[dict], first: tuple, last: tuple = ()) -> None:
     """Write a CSV file, atomically: the columns `first`, then those that a row has beside, sorted, then `last`."""
     columns = [*first, *sorted({k for row in rows for k in row} - {*first, *last}), *last]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([columns, *([as_cell(row.get(k)) for k in columns] for row in rows)])
+    writer.writerow(columns)
+    writer.writerows([as_cell(differing(row.get(k), rows[0].get(k))) for k in columns] for row in rows)
     write_text(path, text.getvalue())
 
 # %% ../nbs/E4_runs.ipynb #a0b5b081
 def read_table(path: Path) -> list[dict]:
     """The rows of a CSV file of `write_table`."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [{k: from_cell(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = [{k: from_cell(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    for row in rows:
+        row |= {k: rows[0][k] | json.loads(v[1:]) for k, v in row.items()
+                if isinstance(v, str) and v.startswith("+{") and isinstance(rows[0][k], dict)}
+    return rows
 
 # %% ../nbs/E4_runs.ipynb #084733f9
 def rounded(value: Any) -> Any:
@@ -839,30 +852,32 @@ def published_rollout(record: dict) -> dict:
 # %% ../nbs/E4_runs.ipynb #21d01de8
 KEPT_LINES = 250  # of the metrics of a run, about
 KEPT_STEPS, KEPT_QUESTIONS = 5, 4  # of the rollouts of a run that trains
+MANY = 40  # runs; of a family with more, only evaluated steps are published, and fewer rollouts
 
 
-def kept_lines(lines: list[dict]) -> list[dict]:
+def kept_lines(lines: list[dict], many: bool = False) -> list[dict]:
     """What is published of a run's metrics: all lines of evaluated steps, and of a long run every k-th step."""
     evaluated = {line["step"] for line in lines if any(k.startswith("eval/") for k in line)}
-    every = math.ceil(len(lines) / KEPT_LINES)
-    return [line for line in lines if line["step"] % every == 0 or line["step"] in evaluated]
+    every = math.inf if many and evaluated else math.ceil(len(lines) / KEPT_LINES)
+    return [line for line in lines if line["step"] in evaluated or line["step"] % every == 0]
 
 # %% ../nbs/E4_runs.ipynb #7fd49757
-def kept_rollouts(rollouts: dict[tuple, list[dict]]) -> dict[tuple, list[dict]]:
+def kept_rollouts(rollouts: dict[tuple, list[dict]], many: bool = False) -> dict[tuple, list[dict]]:
     """What is published of the rollouts of a family's runs, by (variant, seed).
 
     Of runs that were evaluated once, all. Of the others the lowest seed of each variant, of it `KEPT_STEPS` evaluations
-    from the first to the last, of each the first `KEPT_QUESTIONS`.
+    from the first to the last, of each the first `KEPT_QUESTIONS`; of a family of many runs half as many of both.
     """
     kept, seen = {}, set()
+    most_steps, most_questions = (KEPT_STEPS // 2, KEPT_QUESTIONS // 2) if many else (KEPT_STEPS, KEPT_QUESTIONS)
     for key in sorted(k for k, records in rollouts.items() if records):
         steps = sorted({r["step"] for r in rollouts[key]})
         if len(steps) > 1 and key[0] in seen:
             continue
         seen.add(key[0])
-        if len(steps) > KEPT_STEPS:
-            steps = [steps[round(k * (len(steps) - 1) / (KEPT_STEPS - 1))] for k in range(KEPT_STEPS)]
-        most = KEPT_QUESTIONS if len(steps) > 1 else None
+        if len(steps) > most_steps:
+            steps = [steps[round(k * (len(steps) - 1) / (most_steps - 1))] for k in range(most_steps)]
+        most = most_questions if len(steps) > 1 else None
         kept[key] = [r for step in steps for r in [r for r in rollouts[key] if r["step"] == step][:most]]
     return kept
 
@@ -913,7 +928,7 @@ def publishable(folder: Path) -> Published | None:
         return None
     path = folder / "rollouts.jsonl"
     return Published({k: v for k, v in row.items() if k not in ("family", "track")},  # its folder says
-                     [published_line(line) for line in kept_lines(read_metrics(folder))],
+                     [published_line(line) for line in read_metrics(folder)],
                      [published_rollout(record) for record in (read_jsonl(path) if path.exists() else [])])
 
 # %% ../nbs/E4_runs.ipynb #694c297e
@@ -931,8 +946,9 @@ def publish(family: str | Path, source: Path | str | None = None, out: Path | st
         raise DataMissing(f"no finished runs in {source}: run the experiment first")
     old = read_published(out) if (out / "runs.csv").exists() else {}
     runs = dict(sorted((old | new).items()))
-    write_rollouts(out / "rollouts.jsonl", kept_rollouts({key: run.rollouts for key, run in runs.items()}))
-    lines = [{"variant": v, "seed": s, **line} for (v, s), run in runs.items() for line in run.lines]
+    many = len(runs) > MANY
+    write_rollouts(out / "rollouts.jsonl", kept_rollouts({key: run.rollouts for key, run in runs.items()}, many))
+    lines = [{"variant": v, "seed": s, **line} for (v, s), run in runs.items() for line in kept_lines(run.lines, many)]
     write_table(out / "metrics.csv", lines, ("variant", "seed", "step", "wall_s"))
     write_table(out / "runs.csv", [run.row for run in runs.values()], FIRST, LAST)  # the last: what makes a family
     write_index(out.parent)
@@ -942,7 +958,7 @@ def publish(family: str | Path, source: Path | str | None = None, out: Path | st
 INDEX_HEAD = """# Results
 
 One folder a family of runs: `runs.csv` (a row a run, final metrics, configuration), `metrics.csv` (a row a logged line,
-5 digits; of runs of more than 250 lines every k-th step), `rollouts.jsonl` (a few responses).
+5 digits; of long runs every k-th step, of families of more than 40 runs the evaluated steps), `rollouts.jsonl` (a few responses).
 `python -m cs336_alignment.runs publish FAMILY` makes them from the run folders in `results/runs`, and this file.
 
 | family | question | notebook | command | runs | machine | date |

@@ -131,7 +131,7 @@ ENGINE = {"max_num_seqs": 512,  # in larger batches vLLM leaves CUDA graphs
           "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, *range(32, 513, 32)]}}  # few: a fast start
 
 
-def work_through(file: Path, number: int, root: Path, keep: bool, share: float, processes: int) -> int:
+def work_through(file: Path, number: int, root: Path, keep: bool, share: float, pass_tokens: int) -> int:
     """One process: goes through the jobs of `file`, beginning at its own place. Returns how many could not be run."""
     gpu, jobs = torch.cuda.is_available(), read_jobs(file)
     todo = stacks(jobs, gpu)
@@ -141,7 +141,7 @@ def work_through(file: Path, number: int, root: Path, keep: bool, share: float, 
     with nothing() if stacked_only else shared_engine(model, 1, share, **ENGINE) as engine:
         for group in todo:
             with claimed(group, root) as mine:
-                if mine and not run_job(mine, engine, root, gpu, keep, 65_536 // max(1, min(processes, 4))):
+                if mine and not run_job(mine, engine, root, gpu, keep, pass_tokens):
                     return 0  # stopped by hand
     return sum(1 for group in todo if Path(f"{root}/logs/claims/{policy_name(group[0].config)}.failed").exists())
 
@@ -201,9 +201,10 @@ def run_side_by_side(jobs: Sequence[Job], root: Path | str | None = None, proces
         file = logs / f"{todo[0].config.family}_{todo[0].config.track}_{os.getpid()}.jobs"
         write_jobs(file, todo)
         homes = places(processes, len(todo))
+        pass_tokens = 65_536 * max(1, torch.cuda.device_count()) // max(4, len(homes))  # a GPU's memory is shared
         with multi_process_service():
             running = [start_process([sys.executable, "-m", "cs336_alignment.side_by_side", str(file), str(k), str(root),
-                                      str(int(keep)), str(share), str(len(homes))], file.with_suffix(f".{k}.log"), home)
+                                      str(int(keep)), str(share), str(pass_tokens)], file.with_suffix(f".{k}.log"), home)
                        for k, home in enumerate(homes)]
             watch(running, jobs, root, seen_by_someone() if progress is None else progress)
         say_failures(running, file)
@@ -220,5 +221,5 @@ def say_failures(processes: list[subprocess.Popen], file: Path) -> None:
 
 # %% ../nbs/E12_side_by_side.ipynb #c90460c6
 if __name__ == "__main__" and "__file__" in globals():
-    file, number, root, keep, share, processes = sys.argv[1:]
-    sys.exit(work_through(Path(file), int(number), Path(root), keep == "1", float(share), int(processes)))
+    file, number, root, keep, share, pass_tokens = sys.argv[1:]
+    sys.exit(work_through(Path(file), int(number), Path(root), keep == "1", float(share), int(pass_tokens)))
