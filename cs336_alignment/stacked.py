@@ -220,7 +220,7 @@ def stacked_responses(stack: Stack, batches: Sequence[Sequence[Example]], temper
 # %% ../nbs/E11_stacked_runs.ipynb #3132c207
 def pass_tokens(stack: Stack) -> int:
     """Positions in a pass, padding included: with the micro model about 50 KB each until the backward pass."""
-    return 2**17 if stack.like.is_cuda else 2**14
+    return 2**16 if stack.like.is_cuda else 2**14
 
 
 def passes(stack: Stack, batches: Sequence[Sequence[Example]]) -> Iterator[list[Sequence[Example]]]:
