@@ -136,6 +136,8 @@ def work_through(file: Path, number: int, root: Path, keep: bool, share: float, 
     todo = todo[number % len(todo):] + todo[:number % len(todo)]
     model = (jobs[0].start or jobs[0].config).model
     stacked_only = all(len(group) > 1 for group in todo)
+    if stacked_only:  # growing caches of keys and values would take all of it
+        torch.cuda.set_per_process_memory_fraction(share)
     with nothing() if stacked_only else shared_engine(model, 1, share, **ENGINE) as engine:
         for group in todo:
             with claimed(group, root) as mine:
