@@ -32,8 +32,8 @@ from .grpo import (evaluates, graded_examples, grpo_loss, needs_old, rollout_pro
                                   timed, train_batches, update_metrics, weighted, with_log_probs)
 from .grpo_runs import run_problems
 from .grpo_settings import GRPOConfig
-from .inference import (Completion, SamplingParams, Tokenizer, cut_response, eos_and_decode, gumbel_rows,
-                                       make_requests, pad_left, tokenize_prompts)
+from .inference import (Completion, Request, SamplingParams, Tokenizer, cut_response, eos_and_decode,
+                                       gumbel_rows, make_requests, pad_left, tokenize_prompts)
 from .log import generation_metrics, make_generation_records, mean_or_nan, token_lengths
 from .models import load_policy
 from .packing import Example, Packed, make_optimizer, pack, token_log_probs
@@ -99,7 +99,7 @@ def score_bias(seen: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen,
                                                                                     torch.finfo(like.dtype).min)
 
-
+# %% ../nbs/E11_stacked_runs.ipynb #792496cd
 def embedded(model: PreTrainedModel, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
     """What `model` with other weights makes of ids before its first layer."""
     embedding = model.get_input_embeddings()
@@ -116,7 +116,8 @@ def stacked_logits(stack: Stack, ids: Tensor, weights: dict[str, Tensor] | None 
     options = dict(attention_mask=bias, position_ids=torch.arange(T, device=device)[None], use_cache=False)
 
     def one(weights, ids):
-        return functional_call(model, weights, kwargs=dict(inputs_embeds=embedded(model, weights, ids), **options)).logits
+        vectors = embedded(model, weights, ids)
+        return functional_call(model, weights, kwargs=dict(inputs_embeds=vectors, **options)).logits
 
     return vmap(one)(stack.weights if weights is None else weights, ids)
 
@@ -203,7 +204,7 @@ def decode_steps(stack: Stack, ids: Tensor, mask: Tensor, sampling: SamplingPara
 # %% ../nbs/E11_stacked_runs.ipynb #9e59d425
 def stacked_generate(stack: Stack, prompts: Sequence[Sequence[str]],
                      samplings: Sequence[SamplingParams]) -> tuple[list[list[Completion]], Tensor]:
-    """One response of policy s to each of `prompts[s]`; and the entropy of each token, (S, B, longest), at temperature 1.
+    """One response of policy s to each of `prompts[s]`; and the entropy of each token at temperature 1, (S, B, longest).
 
     All runs have as many prompts. samplings: one a run; they may differ in seed and logprobs (n is not looked at).
     Raises ValueError otherwise, and for prompts that an engine would not take."""
@@ -225,7 +226,7 @@ def stacked_generate(stack: Stack, prompts: Sequence[Sequence[str]],
     return [[cut(stack, *next(rows), eos, s) for _ in prompts[0]] for s in samplings], entropies
 
 # %% ../nbs/E11_stacked_runs.ipynb #06e45e38
-def cut(stack: Stack, request, tokens: list[int], log_probs: list[float], eos: set[int],
+def cut(stack: Stack, request: Request, tokens: list[int], log_probs: list[float], eos: set[int],
         sampling: SamplingParams) -> Completion:
     """What a row of tokens comes to as the response to `request`."""
     kept, text, reason = cut_response(tokens, request.limit, stack.decode, eos, sampling)
@@ -255,7 +256,7 @@ def pass_tokens(stack: Stack) -> int:
     """Positions in a pass, padding included: with the micro model 28 KB each until the backward pass."""
     return 2**20 if stack.like.is_cuda else 2**14
 
-
+# %% ../nbs/E11_stacked_runs.ipynb #b97d38d6
 def passes(stack: Stack, batches: Sequence[Sequence[Example]]) -> Iterator[list[Sequence[Example]]]:
     """Cuts the batches of all runs into micro-batches of `pass_tokens` positions; rows of like lengths together."""
     batches = [sorted(batch, key=len) for batch in batches]
@@ -268,13 +269,15 @@ def passes(stack: Stack, batches: Sequence[Sequence[Example]]) -> Iterator[list[
 @torch.no_grad()
 def stacked_log_probs(stack: Stack, batches: Sequence[Sequence[Example]], temperature: float,
                       weights: dict[str, Tensor] | None = None) -> list[dict[int, Tensor]]:
-    """The log-probs of each example's response tokens, (n,); by run, and by the example's number `response`."""
+    """The log-probs of each example's response tokens, (n,), on the CPU; by run, then by the example's number
+    `response`."""
     found = [{} for _ in batches]
     for micro in passes(stack, batches) if any(batches) else ():
-        for of_run, examples, (p, log_probs, _) in zip(found, micro, stacked_responses(stack, micro, temperature, weights)):
+        responses = stacked_responses(stack, micro, temperature, weights)
+        for of_run, examples, (p, log_probs, _) in zip(found, micro, responses):
             if examples:
                 numbers = [int(e.side["response"]) for e in examples]
-                of_run.update(zip(numbers, log_probs.split(p.lengths)))
+                of_run.update(zip(numbers, log_probs.cpu().split(p.lengths)))
     return found
 
 # %% ../nbs/E11_stacked_runs.ipynb #3d63c62b
