@@ -204,7 +204,7 @@ def decode_steps(stack: Stack, ids: Tensor, mask: Tensor, sampling: SamplingPara
 # %% ../nbs/E11_stacked_runs.ipynb #9e59d425
 def stacked_generate(stack: Stack, prompts: Sequence[Sequence[str]],
                      samplings: Sequence[SamplingParams]) -> tuple[list[list[Completion]], Tensor]:
-    """One response of policy s to each of `prompts[s]`; and the entropy of each token at temperature 1, (S, B, longest).
+    """One response of policy s to each of `prompts[s]`; and each token's entropy at temperature 1, (S, B, longest).
 
     All runs have as many prompts. samplings: one a run; they may differ in seed and logprobs (n is not looked at).
     Raises ValueError otherwise, and for prompts that an engine would not take."""
