@@ -112,9 +112,12 @@ def run_job(jobs: Sequence[Job], engine, root: Path, compiled: bool, keep: bool,
     for start in filter(None, (job.start for job in jobs)):
         have_policy(start, sft, engine, again(start, root), compiled=compiled)
     if len(jobs) > 1:
-        summaries = run_stacked([job.config for job in jobs], root)
+        summaries = run_stacked([job.config for job in jobs], root, keep=keep)
+        if None in summaries:
+            raise RuntimeError(f"{policy_name(jobs[summaries.index(None)].config)}: a gradient was not finite")
     elif isinstance(job.config, SFTConfig):
-        summaries = [sft(job.config, engine, root, keep=True, progress=False, compiled=compiled, checkpoint_s=60)]
+        summaries = [sft(job.config, engine, root, keep=job.config.epochs > 0, progress=False, compiled=compiled,
+                         checkpoint_s=60)]
     else:
         summaries = [run_grpo(job.config, engine, root, progress=False, keep_policy=keep, compiled=compiled,
                               pass_tokens=pass_tokens)]

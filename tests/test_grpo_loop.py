@@ -12,12 +12,12 @@ import numpy as np, pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kills
-from cs336_alignment import drgrpo_grader, grpo, grpo_runs, log, models, runs
+from cs336_alignment import drgrpo_grader, grpo, grpo_runs, log, models, runs, stacked
 from cs336_alignment.grpo_runs import RunStopped, run_grpo
 from cs336_alignment.grpo_settings import NAMED, GRPOConfig, grpo_config
 from cs336_alignment.grpo_helper import grpo_microbatch_train_step
-from cs336_alignment.inference import Completion, TransformersEngine
-from cs336_alignment.packing import accumulate_gradients
+from cs336_alignment.inference import Completion, SamplingParams, TransformersEngine
+from cs336_alignment.packing import accumulate_gradients, make_optimizer
 from cs336_alignment.runs import read_metrics, run_folder
 from cs336_alignment.sft_helper import get_response_log_probs
 from kills import ended_by, in_child, kill_ten_times
@@ -48,7 +48,7 @@ def digits_reward(response, ground_truth):
 
 def rewarded_by(monkeypatch, reward_fn):
     """In place of the prompt's reward function, in training and evaluation."""
-    for module in (grpo, log):
+    for module in (grpo, log, stacked):
         monkeypatch.setattr(module, "reward_fn_of", lambda prompt: reward_fn)
 
 
@@ -56,11 +56,12 @@ def rewarded_by(monkeypatch, reward_fn):
 def small_world(monkeypatch):
     """Policies are tiny, rewards easy; nothing is written outside the run's folder."""
     monkeypatch.setattr(runs, "environment", lambda: {"gpu": None})
-    monkeypatch.setattr(grpo_runs, "load_policy", tiny_policy)
+    for module in (grpo_runs, stacked):
+        monkeypatch.setattr(module, "load_policy", tiny_policy)
+        monkeypatch.setattr(module, "run_problems", lambda config: (grpo_problems("train")[:50], grpo_problems("test")[:config.n_eval]))
     rewarded_by(monkeypatch, digits_reward)
     monkeypatch.setattr(grpo_runs, "save_policy", lambda *args: None)
     monkeypatch.setattr(grpo_runs, "vllm_problem", lambda: "not here.")
-    monkeypatch.setattr(grpo_runs, "run_problems", lambda config: (grpo_problems("train")[:50], grpo_problems("test")[:config.n_eval]))
 
 
 def grpo_problems(split, cache={}):
@@ -623,3 +624,184 @@ def test_the_command_stops_at_ctrl_c_and_keeps_its_settings(tmp_path, python_han
     assert "Traceback" not in said and not (log_file.parent / "summary.json").exists()
     again = subprocess.run([*command, "--steps", "4"], env=environment, capture_output=True, text=True)
     assert again.returncode == 2 and "n_grpo_steps (400 there, 4 now)" in again.stderr, again.stderr
+
+
+# --- stacked runs (E11)
+
+def stack_of(configs, policies=None):
+    """Runs on one stack of tiny policies, without folders."""
+    policies = policies or [tiny_policy()[0] for _ in configs]
+    stack = stacked.stack_policies(policies, tiny_policy()[1])
+    return stacked.StackedRuns(configs, [], stack, [grpo_problems("train")] * len(configs), [])
+
+
+def weights_of(policy):
+    return torch.cat([p.detach().flatten() for p in policy.parameters()]).clone()
+
+
+LOSSES = EXTRAS | {name: dict(loss_type=name) for name in ("no_baseline", "grpo_clip", "grpo_no_clip")} | {
+    "default": {}, "masked_normalize": dict(length_normalization="masked_normalize"), "rate": dict(learning_rate=1e-4)}
+
+
+@pytest.mark.parametrize("dtype, exact", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_a_stacked_step_is_the_step_of_each_run(dtype, exact):
+    """All losses in one stack, two epochs of two train batches, three steps; with momentum, which a batch without a
+    gradient must not let move. In float32 AdamW makes steps of the rounding of gradients that are nearly zero."""
+    configs = [replace(OFF_POLICY, kl_coef=0.0, tis_cap=None, loss_type="reinforce_with_baseline", learning_rate=1e-3,
+                       seed=k) for k in range(len(LOSSES))]
+    configs = [replace(c, variant=name, **changes) for c, (name, changes) in zip(configs, LOSSES.items())]
+    start = tiny_policy()[0].to(dtype)
+    s = stack_of(configs, [moved_copy(start, 1, 0.0).to(dtype) for _ in configs])
+    alone = [moved_copy(start, 1, 0.0).to(dtype) for _ in configs]
+    optimizers, idle = [make_optimizer(p, c.learning_rate) for p, c in zip(alone, configs)], 0
+    for step in (4, 5, 6):  # evaluations at 4: the engine's gap is known
+        rollouts = stacked.stacked_rollouts(s, step)
+        before = [weights_of(p) for p in s.stack.policies]
+        lines = stacked.stacked_grpo_step(s, rollouts, step)
+        for k, config in enumerate(configs):
+            expected = grpo.grpo_step(config, alone[k], optimizers[k], *rollouts[k], step, start if config.kl_coef else None)
+            torch.testing.assert_close(weights_of(s.stack.policies[k]), weights_of(alone[k]), rtol=0, atol=exact)
+            assert set(lines[k]) == set(expected)
+            for name in expected:
+                assert name.startswith("s_") or math.isclose(lines[k][name], expected[name], rel_tol=100 * exact, abs_tol=exact), name
+            assert (weights_of(s.stack.policies[k]) == before[k]).all() == (expected["updates"] == 0)
+            idle += expected["skipped_updates"] > 0
+    assert idle, "no batch was without a gradient: choose another seed"
+
+
+def test_stacked_passes_of_any_size_are_the_same(monkeypatch):
+    configs = [replace(CONFIG, seed=k, kl_coef=k / 10) for k in range(3)]
+    after = []
+    for budget in (2**14, 150):  # one row of each run a pass
+        monkeypatch.setattr(stacked, "pass_tokens", lambda stack: budget)
+        s = stack_of(configs, [tiny_policy()[0].double() for _ in configs])
+        stacked.stacked_grpo_step(s, stacked.stacked_rollouts(s, 1), 1)
+        after.append([weights_of(p) for p in s.stack.policies])
+    torch.testing.assert_close(after[0], after[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampling", [
+    SamplingParams(0.0, max_tokens=12), SamplingParams(0.0, max_tokens=12, stop=("x", "</answer>"), min_tokens=3),
+    SamplingParams(0.0, max_tokens=90, stop=())], ids=["answer", "letters", "to the end of the context"])
+def test_a_stacks_responses_end_where_an_engines_end(sampling):
+    """Three policies that say other things, of which the third says a stop string's characters and eos in turn."""
+    policies = [moved_copy(tiny_policy()[0], k).float() for k in range(2)] + [tiny_policy()[0]]
+    tokenizer = tiny_policy()[1]
+    letters = list(dict.fromkeys(chr(c) for c in range(32, 127)))
+    sampling = replace(sampling, stop=tuple(sampling.stop) + (tuple("aeiou0123") if "x" in sampling.stop else ()))
+    prompts = [[letter * n for letter, n in zip(letters[k:k + 40], range(1, 41))] for k in range(3)]
+    responses, entropies = stacked.stacked_generate(stacked.stack_policies(policies, tokenizer), prompts, [sampling] * 3)
+    reasons = set()
+    for policy, of_run, asked, h in zip(policies, responses, prompts, entropies):
+        expected = [c for c, in TransformersEngine(policy, tokenizer).generate(asked, sampling, progress=False)]
+        for ours, theirs, row in zip(of_run, expected, h):
+            assert replace(ours, logprobs=None) == replace(theirs, logprobs=None)
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+            logits = policy(torch.tensor([[*ours.prompt_token_ids, *ours.token_ids]])).logits[0, len(ours.prompt_token_ids) - 1:-1]
+            assert row[:len(ours.token_ids)].tolist() == pytest.approx(stacked.compute_entropy(logits).tolist(), abs=1e-4)
+            reasons.add(ours.finish_reason)
+    assert reasons >= ({"stop", "length"} if "x" in sampling.stop else {"length"})
+
+
+def test_a_written_stop_string_and_eos_end_a_stacks_responses():
+    """Tokens that come one after the other, whatever the policy: where the loop on the device ends, and the cut."""
+    eos, stop = torch.tensor([1]), torch.tensor([5, 6, 5])
+    rows = torch.tensor([[7, 5, 6, 5, 9], [5, 6, 5, 5, 5], [7, 7, 7, 7, 1]])
+    ended = [stacked.newly_ended([rows[None, :, k] for k in range(t + 1)], eos, [stop], 3)[0].tolist() for t in range(5)]
+    assert ended == [[False] * 3, [False] * 3, [False] * 3, [True, False, False], [False, False, True]]
+
+
+def test_a_stack_samples_from_its_policies():
+    """4,000 first tokens at temperature 0.7 against each policy's probabilities; no eos before `min_tokens`."""
+    policies, tokenizer = [moved_copy(tiny_policy()[0], k).float() for k in (1, 2)], tiny_policy()[1]
+    sampling, n = SamplingParams(0.7, max_tokens=1, min_tokens=1, seed=5), 4000
+    stack = stacked.stack_policies(policies, tokenizer)
+    responses, _ = stacked.stacked_generate(stack, [["12+7="] * n, ["12+7="] * n], [sampling, replace(sampling, seed=6)])
+    for policy, of_run in zip(policies, responses):
+        logits = policy(torch.tensor([tokenizer("12+7=").input_ids])).logits[0, -1].detach()
+        logits[1] = -math.inf
+        p = (logits / 0.7).softmax(-1).numpy()
+        seen = np.bincount([c.token_ids[0] for c in of_run], minlength=len(p))
+        chi2, likely = ((seen - n * p) ** 2)[p > 0] / (n * p)[p > 0], p > 5 / n
+        assert seen[1] == 0 and chi2[likely[p > 0]].sum() < likely.sum() + 5 * math.sqrt(2 * likely.sum())
+    again, _ = stacked.stacked_generate(stack, [["12+7="] * n] * 2, [sampling, sampling])
+    assert again[0] == responses[0] and [c.token_ids for c in again[1]] != [c.token_ids for c in responses[1]]
+
+
+def run_stack(root, configs, **kwargs):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return stacked.run_stacked(configs, root, progress=False, **kwargs), out.getvalue()
+
+
+def test_stacked_runs_have_the_records_of_ordinary_ones(tmp_path):
+    configs = [replace(OFF_POLICY, seed=0), replace(OFF_POLICY, seed=1), replace(OFF_POLICY, variant="slow", learning_rate=1e-4)]
+    summaries, _ = run_stack(tmp_path / "stacked", configs)
+    quiet_train(tmp_path / "plain", configs[0])
+    lines, plain = metrics_of(tmp_path / "stacked", configs[0]), metrics_of(tmp_path / "plain", configs[0])
+    own = {"train/s_sync", "train/s_log"}  # there is no engine to bring weights to
+    assert [set(line) for line in lines] == [set(line) - own for line in plain]
+    assert lines[-1]["train/samples"] == plain[-1]["train/samples"] and lines[-1]["train/engine_gap"] < 1e-4
+    assert lines[-1]["train/reward_mean"] > lines[1]["train/reward_mean"]  # it learns
+    assert [(s["seed"], s["variant"], s["engine"], s["stacked"]) for s in summaries] == [
+        (0, "off", "stacked", 3), (1, "off", "stacked", 3), (0, "slow", "stacked", 3)]
+    folders = [run_folder(asdict(c), tmp_path / "stacked") for c in configs]
+    assert [(f / "rollouts.jsonl").exists() for f in folders] == [True, False, True]  # the lowest seed of each variant
+    rollouts = [runs.read_jsonl(run_folder(asdict(configs[0]), tmp_path / kind) / "rollouts.jsonl") for kind in ("stacked", "plain")]
+    assert [(r["step"], r["prompt"], set(r)) for r in rollouts[0]] == [(r["step"], r["prompt"], set(r)) for r in rollouts[1]]
+    table = runs.read_table(runs.publish("x", tmp_path / "stacked" / "grpo_micro", tmp_path / "out") / "runs.csv")
+    assert [row["engine"] for row in table] == ["stacked"] * 3
+    assert repr(run_stack(tmp_path / "stacked", configs)[0]) == repr(summaries)  # read
+    with pytest.raises(runs.RunConflict, match="learning_rate"):
+        run_stack(tmp_path / "stacked", [replace(configs[0], learning_rate=0.5)])
+
+
+def test_a_run_does_not_depend_on_its_company(tmp_path):
+    one, other = replace(CONFIG, n_grpo_steps=4), replace(CONFIG, variant="other", seed=7, n_grpo_steps=4, loss_type="no_baseline",
+                                                         group_size=8)
+    run_stack(tmp_path / "alone", [one])
+    run_stack(tmp_path / "together", [other, one])
+    assert without_rounding(record(tmp_path / "alone", one)) == without_rounding(record(tmp_path / "together", one))
+
+
+def test_a_killed_stack_begins_anew_and_a_half_done_run_is_left_alone(tmp_path, monkeypatch):
+    short = replace(CONFIG, n_grpo_steps=4)
+    real = stacked.stacked_step
+    monkeypatch.setattr(stacked, "stacked_step", lambda s, step: real(s, step) if step < 3 else fail())
+    with pytest.raises(RuntimeError, match="replica"):
+        run_stack(tmp_path, [short])
+    assert [line["step"] for line in metrics_of(tmp_path, short)] == [0, 1, 2]
+    monkeypatch.setattr(stacked, "stacked_step", real)
+    run_stack(tmp_path, [short])
+    assert [line["step"] for line in metrics_of(tmp_path, short)] == [0, 1, 2, 3, 4]
+    run_stack(tmp_path / "whole", [short])
+    assert without_rounding(record(tmp_path, short)) == without_rounding(record(tmp_path / "whole", short))
+    with pytest.raises(RunStopped):
+        quiet_train(tmp_path / "half", engine=CallsAt(6, fail))
+    with pytest.raises(runs.RunConflict, match="begun by run_grpo"):
+        run_stack(tmp_path / "half", [CONFIG])
+
+
+def test_a_run_of_a_stack_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
+    good, bad = replace(CONFIG, n_grpo_steps=4), replace(CONFIG, n_grpo_steps=4, variant="bad", seed=1)
+    run_stack(tmp_path / "alone", [good])
+    real, calls = stacked.grpo_loss, []
+
+    def poisoned(config, log_probs, *args):
+        losses, logged = real(config, log_probs, *args)
+        calls.extend([0] * (config is bad))
+        return losses * (math.nan if config is bad and len(calls) > 1 else 1), logged
+
+    monkeypatch.setattr(stacked, "grpo_loss", poisoned)
+    summaries, said = run_stack(tmp_path / "together", [bad, good])
+    assert summaries[0] is None and "bad_seed1: step" in said and "others go on" in said
+    assert without_rounding(record(tmp_path / "alone", good)) == without_rounding(record(tmp_path / "together", good))
+    lines = metrics_of(tmp_path / "together", bad)
+    assert 1 < len(lines) < 5 and not (run_folder(asdict(bad), tmp_path / "together") / "summary.json").exists()
+
+
+@pytest.mark.parametrize("name, value", [("max_tokens", 4), ("rollout_batch_size", 32), ("temperature", 0.5), ("n_eval", 4),
+                                         ("eval_every", 2), ("prompt", "r1_zero"), ("overlap", True), ("variant", CONFIG.variant)])
+def test_runs_that_cannot_be_stacked(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        run_stack(tmp_path, [CONFIG, replace(CONFIG, **{"variant": "other", name: value})])
+    assert not list(tmp_path.iterdir())
