@@ -14,6 +14,7 @@ import contextlib, gc, hashlib, re, secrets
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,7 +157,9 @@ class StopWhenAllEnded(StoppingCriteria):
     def __init__(self, prompt_length: int, limits: Sequence[int], decode: Decode, eos_ids: set[int],
                  sampling: SamplingParams, done: list[bool], tick: Tick):
         self.prompt_length, self.limits, self.done, self.tick = prompt_length, limits, done, tick
-        self.ended = lambda tail, length: just_ended(tail, length, decode, eos_ids, sampling)
+        last = {s[-1] for s in sampling.stop} | {"\N{REPLACEMENT CHARACTER}"}  # a token may be part of a character
+        may_end = cache(lambda token: token in eos_ids or not last.isdisjoint(decode([token])))
+        self.ended = lambda tail, length: may_end(tail[-1]) and just_ended(tail, length, decode, eos_ids, sampling)
         self.position = 0  # responses so far; an unended one counts its share of the tokens that it may have
         self.window = max((len(s.encode()) for s in sampling.stop), default=0) + 4  # a token is a byte at least
 

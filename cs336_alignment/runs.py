@@ -6,18 +6,18 @@
 __all__ = ['RUN_KEYS', 'Positive', 'Count', 'Rate', 'NonNegative', 'Share', 'NOT_FINITE', 'BAR_METRICS', 'BAR_FORMAT', 'LOGS',
            'FIRST', 'LAST', 'KEPT_LINES', 'KEPT_STEPS', 'KEPT_QUESTIONS', 'MANY', 'INDEX_HEAD', 'RunConflict',
            'run_folder', 'policy_name', 'Config', 'make_config', 'variant_name', 'append_jsonl', 'write_text',
-           'write_json', 'read_json', 'json_safe', 'from_json_safe', 'environment', 'Run', 'wall_s', 'DiskFull',
-           'is_disk_full', 'guarded', 'log_metrics', 'read_metrics', 'log_rollouts', 'bar_numbers', 'show_numbers',
-           'seen_by_someone', 'training_steps', 'say_once', 'Mirror', 'wandb_mode', 'open_mirror', 'serve_mirror',
-           'start_mirror', 'mirror_metrics', 'stop_mirror', 'batch_indices', 'seed_everything', 'rng_state',
-           'set_rng_state', 'portable', 'sync', 'sync_logs', 'is_checkpoint', 'write_checkpoint', 'save_checkpoint',
-           'find_checkpoint', 'rewind', 'read_state', 'restore_checkpoint', 'read_summary', 'read_config',
-           'check_config', 'move_aside', 'note_environment', 'only_writer', 'open_run', 'begin_or_continue', 'say',
-           'finish_run', 'summarise_log', 'find_results', 'run_folders', 'published_families', 'evaluated_on',
-           'run_row', 'as_cell', 'from_cell', 'differing', 'write_table', 'read_table', 'rounded', 'published_line',
-           'published_rollout', 'kept_lines', 'kept_rollouts', 'write_rollouts', 'read_rollouts', 'Published',
-           'read_published', 'publishable', 'publish', 'index_line', 'write_index', 'load_run', 'load_runs',
-           'run_table', 'load_rollouts', 'command']
+           'write_json', 'read_json', 'json_safe', 'from_json_safe', 'installed_versions', 'environment', 'Run',
+           'wall_s', 'DiskFull', 'is_disk_full', 'guarded', 'log_metrics', 'read_metrics', 'log_rollouts',
+           'bar_numbers', 'show_numbers', 'seen_by_someone', 'training_steps', 'say_once', 'Mirror', 'wandb_mode',
+           'open_mirror', 'serve_mirror', 'start_mirror', 'mirror_metrics', 'stop_mirror', 'batch_indices',
+           'seed_everything', 'rng_state', 'set_rng_state', 'portable', 'sync', 'sync_logs', 'is_checkpoint',
+           'write_checkpoint', 'save_checkpoint', 'find_checkpoint', 'rewind', 'read_state', 'restore_checkpoint',
+           'read_summary', 'read_config', 'check_config', 'move_aside', 'note_environment', 'only_writer', 'open_run',
+           'begin_or_continue', 'say', 'finish_run', 'summarise_log', 'find_results', 'run_folders',
+           'published_families', 'evaluated_on', 'run_row', 'as_cell', 'from_cell', 'differing', 'write_table',
+           'read_table', 'rounded', 'published_line', 'published_rollout', 'kept_lines', 'kept_rollouts',
+           'write_rollouts', 'read_rollouts', 'Published', 'read_published', 'publishable', 'publish', 'index_line',
+           'write_index', 'load_run', 'load_runs', 'run_table', 'load_rollouts', 'command']
 
 # %% ../nbs/E4_runs.ipynb #578c4539
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -212,6 +212,13 @@ def from_json_safe(obj):
     return float(obj) if isinstance(obj, str) and obj in NOT_FINITE else obj
 
 # %% ../nbs/E4_runs.ipynb #0fc609d0
+@cache
+def installed_versions() -> dict[str, str]:
+    """The version of every package of this process, by its name in lower case with dashes."""
+    return {d.metadata["Name"].lower().replace("_", "-"): d.version
+            for d in metadata.distributions() if d.metadata["Name"]}
+
+
 def environment() -> dict:
     """Commit, package versions and device of this process, for `environment.json` of a run folder."""
     import torch  # takes seconds: only when work begins
@@ -220,10 +227,9 @@ def environment() -> dict:
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=here,
                          capture_output=True, text=True)
     packages = ["torch", "transformers", "vllm", "math-verify", "latex2sympy2_extended", "sympy"]
-    plain = lambda name: name.lower().replace("_", "-")
-    installed = {plain(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    installed = installed_versions()
     return {"commit": os.environ.get("CS336_COMMIT") or git.stdout.strip() or None,
-            "versions": {p: installed.get(plain(p)) for p in packages},
+            "versions": {p: installed.get(p.replace("_", "-")) for p in packages},
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "gpu_count": torch.cuda.device_count(), "cpu_count": os.cpu_count()}
 

@@ -414,7 +414,9 @@ def start_stack(configs: list[GRPOConfig], runs: list[Run], device: str | None) 
         raise RunConflict(f"{begun[0]} was begun by run_grpo: let that finish it, or run anew with force")
     loaded = {name: load_policy(name, device, "float32") for name in {c.model for c in configs}}
     stack = stack_policies([deepcopy(loaded[c.model][0]) for c in configs], loaded[configs[0].model][1])
-    return StackedRuns(configs, runs, stack, *map(list, zip(*map(run_problems, configs))))
+    data = [(c.train_data, c.eval_data) for c in configs]
+    problems = {names: run_problems(c) for names, c in dict(zip(data, configs)).items()}  # n_eval is the same
+    return StackedRuns(configs, runs, stack, *map(list, zip(*(problems[names] for names in data))))
 
 # %% ../nbs/E11_stacked_runs.ipynb #90f0f88b
 def evaluate_stack(s: StackedRuns, step: int) -> list[dict[str, float]]:
