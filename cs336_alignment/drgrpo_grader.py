@@ -384,16 +384,26 @@ class _Unclear(Exception):
     """This text has no single reading, or none that this small evaluator knows."""
 
 
-def _sum(tokens: list[str], point: Callable[[str], float]) -> complex:
-    total = 0j
+@lru_cache
+def _precise():
+    """Complex arithmetic with 150 digits: doubles take $1 + 10^{-20}$ for 1."""
+    import mpmath
+
+    context = mpmath.MPContext()
+    context.dps = 150
+    return context
+
+# %% ../nbs/03_rewards.ipynb #4ebc5d11
+def _sum(tokens: list[str], point: Callable[[str], float]):
+    total = 0
     while True:
         sign = tokens.pop() if tokens and tokens[-1] in "+-" else "+"
         total += -_product(tokens, point) if sign == "-" else _product(tokens, point)
         if not tokens or tokens[-1] not in "+-":
             return total
 
-# %% ../nbs/03_rewards.ipynb #4ebc5d11
-def _product(tokens: list[str], point: Callable[[str], float]) -> complex:
+
+def _product(tokens: list[str], point: Callable[[str], float]):
     after_number, divided = tokens and tokens[-1][0].isdigit(), False
     value = _power(tokens, point)
     while tokens and tokens[-1] not in ("+", "-", ")", "}", "]"):
@@ -406,38 +416,35 @@ def _product(tokens: list[str], point: Callable[[str], float]) -> complex:
     return _moderate(value)
 
 # %% ../nbs/03_rewards.ipynb #22c7d482
-def _moderate(value: complex) -> complex:
-    if value and not 1e-6 < abs(value) < 1e6:
-        raise _Unclear  # floats would lose the other terms of a sum, or this one
+def _moderate(value):
+    if value and not 1e-30 < abs(value) < 1e30:
+        raise _Unclear  # 150 digits might lose the other terms of a sum, or this one
     return value
 
 
-def _power(tokens: list[str], point: Callable[[str], float]) -> complex:
+def _power(tokens: list[str], point: Callable[[str], float]):
     base = _atom(tokens, point)
     if not tokens or tokens[-1] != "^":
         return base
     tokens.pop()
     exponent = _argument(tokens, point)
-    if tokens and tokens[-1] == "^":
+    if (tokens and tokens[-1] == "^") or abs(exponent) > 1e3:
         raise _Unclear
-    if not 1e-3 < abs(exponent) < 1e3:
-        raise _Unclear
-    value = base ** (int(exponent.real) if exponent == int(exponent.real) else exponent)
-    return _moderate(value or (math.inf if base else 0.0))  # what underflows is not zero
+    value = base ** (int(exponent.real) if _precise().isint(exponent) else exponent)
+    _moderate(value - 1)  # nor is it almost 1
+    return _moderate(value)
 
 # %% ../nbs/03_rewards.ipynb #0991ccd8
-def _argument(tokens: list[str], point: Callable[[str], float]) -> complex:
+def _argument(tokens: list[str], point: Callable[[str], float]):
     if not tokens or (tokens[-1] != "{" and len(tokens[-1]) > 1 and tokens[-1] != "\\pi") or tokens[-1] in "(+-":
         raise _Unclear  # x^12 may mean x^1 2
     return _atom(tokens, point)
 
 
-def _atom(tokens: list[str], point: Callable[[str], float]) -> complex:
+def _atom(tokens: list[str], point: Callable[[str], float]):
     token = tokens.pop() if tokens else ""
     if token[:1].isdigit() or token[:1] == "." != token:
-        if len(token) > 8 or float(token) > 1e6:
-            raise _Unclear  # floats could not tell it from its neighbours
-        return complex(float(token))
+        return _precise().mpc(token)
     if token in ("(", "{"):
         value = _sum(tokens, point)
         if not tokens or tokens.pop() != {"(": ")", "{": "}"}[token]:
@@ -446,49 +453,49 @@ def _atom(tokens: list[str], point: Callable[[str], float]) -> complex:
     return _named(token, tokens, point)
 
 # %% ../nbs/03_rewards.ipynb #f7665834
-def _named(token: str, tokens: list[str], point: Callable[[str], float]) -> complex:
+def _named(token: str, tokens: list[str], point: Callable[[str], float]):
     if token == "\\frac":
         return _argument(tokens, point) / _argument(tokens, point)
     if token == "\\binom":
         n, k = _argument(tokens, point), _argument(tokens, point)
-        if n.imag or k.imag or n.real.is_integer():
+        if n.imag or k.imag or _precise().isint(n):
             raise _Unclear  # not real, or a number that is still to be computed
-        return complex(math.gamma(n.real + 1) / math.gamma(k.real + 1) / math.gamma(n.real - k.real + 1))
+        return _precise().binomial(n, k)
     if token == "\\sqrt":
         degree = 2
         if tokens and tokens[-1] == "[":
             degree = int(tokens[-2]) if len(tokens) > 2 and tokens[-3] == "]" and tokens[-2] in "3456789" else 0
             del tokens[-3:]
-        return _argument(tokens, point) ** (1 / degree)
-    if token == "\\pi":
-        return complex(math.pi)
+        return _argument(tokens, point) ** (_precise().mpf(1) / degree)
+    if token in ("\\pi", "i", "e"):
+        return _precise().mpc({"\\pi": _precise().pi, "i": 1j, "e": _precise().e}[token])
     if not re.fullmatch("[A-Za-np-z]", token) or (token in "fghpFGHP" and tokens and tokens[-1] == "("):
         raise _Unclear  # f(x) is no product, and o is no variable: "no" is a word
-    return {"i": 1j, "e": complex(math.e)}.get(token) or complex(point(token))
+    return _precise().mpc(point(token))
 
 # %% ../nbs/03_rewards.ipynb #0ecba160
-def numeric_value(text: str, k: int) -> complex | None:
+def numeric_value(text: str, k: int):
     """Value of a normalised formula at the k-th fixed point (every letter is real, of either sign); None if unclear."""
     tokens = _MATH.findall(text)[::-1] if len(text) <= 200 else []
     try:
         value = _sum(tokens, lambda letter: 2 * math.sin(1.7 * (k + 1) * ord(letter)))
     except (_Unclear, ArithmeticError, RecursionError, ValueError):
         return None
-    return None if tokens or not abs(value) < 1e9 else value
+    return None if tokens or not abs(value) < math.inf else value
 
 
-def same_values(answer: str, gold: str) -> bool | None:
-    """Are two normalised formulas equal at three points? None if unclear, or too close to call in floats."""
-    verdict = True
+def same_values(answer: str, gold: str, places: int = 0) -> bool | None:
+    """Are two normalised formulas equal at three points? None if unclear. A decimal of at least ten `places`, one of
+    theirs or of the number that was written as a formula, may stand for a number that has no finite one."""
+    places = max([places, *map(len, re.findall(r"\.([0-9]+)", f"{answer} {gold}"))])
     for k in range(3):
         a, g = numeric_value(answer, k), numeric_value(gold, k)
         if a is None or g is None:
             return None
-        if abs(a - g) > 1e-5 * max(1.0, abs(a), abs(g)):
-            verdict = False
-        elif verdict and abs(a - g) > 1e-11 * max(abs(a), abs(g)):
-            verdict = None
-    return verdict
+        near = min(0.1**places * max(1, abs(g)), abs(g) / 10**9) if places >= 10 else 1e-80 * max(1, abs(g))
+        if abs(a - g) > near:
+            return False
+    return True
 
 # %% ../nbs/03_rewards.ipynb #b758700b
 class Shape(NamedTuple):
@@ -552,8 +559,9 @@ _UNORDERED = ("{}", "list")
 def compare(answer, gold) -> bool | None:
     """Do two views write the same thing? True, False, or None if only algebra can tell."""
     if isinstance(gold, Number):  # a number must be written as a number: no computations, no hedges
-        undecided = gold.places >= 10 and isinstance(answer, str)
-        return None if undecided else isinstance(answer, Number) and same_number(answer, gold)
+        if gold.places >= 10 and isinstance(answer, str):
+            return same_values(answer, str(gold.value), gold.places)
+        return isinstance(answer, Number) and same_number(answer, gold)
     if isinstance(answer, str) or isinstance(gold, str):
         if isinstance(gold, Shape):
             return False if gold.kind in _TEXT_KINDS else None
