@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_CHARS', 'MAX_DEPTH', 'REWARD_FNS', 'app', 'boxed_answer', 'read_r1_zero', 'read_question_only', 'read_golds',
-           'split', 'is_one_group', 'nesting', 'is_unreadable', 'normalise', 'read_unit', 'same_unit', 'Number',
-           'parse_number', 'same_number', 'numeric_value', 'same_values', 'Shape', 'view', 'compare', 'is_suspect',
-           'split_name', 'decide', 'same_answer', 'r1_zero_reward_fn', 'question_only_reward_fn', 'grade_batch',
-           'reward_fn_of', 'quantiles', 'grade_cases', 'measure', 'commands', 'bench']
+           'split', 'is_one_group', 'nesting', 'is_unreadable', 'normalise', 'read_unit', 'Number', 'parse_number',
+           'same_number', 'numeric_value', 'same_values', 'Shape', 'view', 'compare', 'is_suspect', 'split_name',
+           'decide', 'same_answer', 'r1_zero_reward_fn', 'question_only_reward_fn', 'grade_batch', 'reward_fn_of',
+           'quantiles', 'grade_cases', 'measure', 'commands', 'bench']
 
 # %% ../nbs/03_rewards.ipynb #b3916d2e
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -134,25 +134,33 @@ def is_unreadable(text: str) -> bool:
     return len(text) > MAX_CHARS or brackets > MAX_DEPTH < nesting(text)
 
 # %% ../nbs/03_rewards.ipynb #aadecca4
-_SYMBOLS = {
-    "π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ",
-    "∪": r"\cup ", "²": "^2", "³": "^3", "√": r"\sqrt ",
-}
+_SYMBOLS = str.maketrans({
+    "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "°": r"^\circ ", "∛": r"\sqrt[3]", "≤": r"\le ", "≥": r"\ge ",
+    "≠": r"\ne ", "±": r"\pm ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
+})
+_SPELLINGS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": r"\frac{%s}"}
 
 
-def _in_ascii(match: re.Match) -> str:
-    """A LaTeX spelling of one character, if there is one: any dash is a minus, ½ is 1/2."""
-    name = unicodedata.name(char := match[0], "")
-    if unicodedata.category(char) == "Pd" or name.endswith("MINUS SIGN"):
+def _letter(match: re.Match) -> str:
+    name = unicodedata.name(match[0], "")
+    if unicodedata.category(match[0]) == "Pd" or name.endswith("MINUS SIGN"):
         return "-"
-    if name.startswith("VULGAR FRACTION"):
-        return f" {unicodedata.normalize('NFKC', char).replace(chr(0x2044), '/')} "  # 2½ is 2 1/2
-    return _SYMBOLS.get(char, char)
+    size, _, greek = name.removeprefix("GREEK ").partition(" LETTER ")
+    return f"\\{greek.title() if size == 'CAPITAL' else greek.lower()} " if greek and name[:5] == "GREEK" else match[0]
+
+
+def _in_ascii(text: str) -> str:
+    """LaTeX for what is not ASCII, by what Unicode says of it: ½ is \\frac{1}{2}, ⁻¹ is ^{-1}, ３ is 3, – is -."""
+    plain = ""
+    for kind, run in itertools.groupby(text.replace("º", "°"), lambda char: unicodedata.decomposition(char).partition(" ")[0]):
+        plain += _SPELLINGS.get(kind, "%s") % unicodedata.normalize("NFKC", "".join(run)).replace("\u2044", "}{")
+    return re.sub(r"[^\x00-\x7f]", _letter, plain.translate(_SYMBOLS))
 
 # %% ../nbs/03_rewards.ipynb #40937aaa
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
         (r"(?<!\\)\\!\s*|\\(?:left|right|displaystyle)(?![A-Za-z])", ""),  # spacing and sizes
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s", " "),
+        (r"(?:√|(?<![\\A-Za-z])sqrt|\\sqrt(?= ?\()) ?(?:\(((?:[^()]|\([^()]*\))*)\)|([0-9.]+|[A-Za-z]))", r"\\sqrt{\1\2}"),
         (r"\{,\}", ","), (r"\\([%$])", r"\1"),  # 1{,}000, 5\%, \$5
         (r"\\[dtc](frac|binom)", r"\\\1"),
         (r"\{ ?([^{}]+?) ?\\choose(?![A-Za-z]) ?([^{}]+?) ?\}", r"\\binom{\1}{\2}"),
@@ -181,7 +189,7 @@ _LEAD = re.compile(r"^(?:the )?(?:final )?answer(?: is)? ?[:=]? ", re.I)
 @lru_cache(maxsize=65_536)
 def normalise(text: str) -> str:
     """One spelling for the common ways to write the same LaTeX. Never a change of meaning."""
-    text = text.strip() if text.isascii() else re.sub(r"[^\x00-\x7f]", _in_ascii, text.strip())
+    text = text.strip() if text.isascii() else _in_ascii(text.strip())
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text) if pattern.search(text) else text  # a search costs a fifth of a sub
     text = _LEAD.sub("", text.strip())
@@ -196,120 +204,160 @@ def normalise(text: str) -> str:
 
 # %% ../nbs/03_rewards.ipynb #ff64906a
 _NOT_UNITS = frozenset(
-    "or nor not to than plus minus times over by of is are squared cubed factorial negative below point mod choose "
+    "or nor not to than plus minus times over by is are squared cubed factorial negative below point mod choose "
     "base log ln exp sin cos tan sqrt root pi if maybe perhaps either but".split()
 )
-_MULTIPLE = re.compile(
-    r"(?:half|halve|quarter|dozen|score|gross|grand|mil|mio|thou|twice|thrice|\w*fold|\w*illion(?:th)?"
-    r"|(?:doub|treb|trip|\w*up)l(?:e|y|ing)?)(?:s|d|ed)?"
-)
+_MULTIPLE = r"(?:doub|treb|trip|(?!co|scr)\w*up)l"
+_CHANGES = re.compile(rf"hal(?:f|ves?|ved)|quarter(?:s|ed)?|scores|mio|thou|twice|thrice|(?:m|b|tr)ils?|\w*illions?|\w*fold|{_MULTIPLE}(?:ed|y|ing)")
+_MAY_CHANGE = re.compile(rf"{_MULTIPLE}es?|grand|score")  # 5 double, but 5 double rooms
 
 # %% ../nbs/03_rewards.ipynb #ffe2b21a
 @lru_cache
-def _number_words() -> frozenset[str]:
-    """Cardinals and ordinals as num2words spells them, lakh and crore among them; not the second, which is a unit."""
+def _number_words() -> tuple[dict[str, int], frozenset[str], frozenset[str]]:
+    """(multiples with their values, cardinals, ordinals) as num2words spells them; the second is a unit."""
     from num2words import num2words
 
-    numbers = [*range(101), 10**3, 10**5, 10**7]
-    texts = [num2words(n, lang="en_IN", to=to) for n in numbers for to in ("cardinal", "ordinal")]
-    return frozenset(re.findall("[a-z]+", " ".join(texts))) - {"second"}
+    multiples = {num2words(10**k).split()[1]: 10**k for k in (2, *range(3, 66, 3))}
+    multiples |= {"dozen": 12, "gross": 144, "myriad": 10**4, "lakh": 10**5, "lac": 10**5, "crore": 10**7, "googol": 10**100}
+    small = [frozenset(re.findall("[a-z]+", " ".join(num2words(n, to=to) for n in range(101)))) for to in ("cardinal", "ordinal")]
+    return multiples, small[0], (small[1] - small[0] - {"second"}) | {f"{word}th" for word in multiples}
 
 
 @lru_cache(maxsize=4_096)
-def _changes_number(word: str) -> bool:
-    word = word.lower()
+def _effect(word: str) -> str:
+    """Of a word after a number: "changes" it, "may change" it (unless it describes what is counted), or ""."""
+    word, (multiples, cardinals, ordinals) = word.lower(), _number_words()
+    if word in ordinals or _MAY_CHANGE.fullmatch(word):
+        return "may change"
     stems = {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}
-    return word in _NOT_UNITS or bool(stems & _number_words() or _MULTIPLE.fullmatch(word))
+    known = stems & (multiples.keys() | cardinals | ordinals)
+    return "changes" if word in _NOT_UNITS or known or _CHANGES.fullmatch(word) else ""
+
+
+def _changes_number(words: Sequence[str]) -> bool:
+    """Do words change the number before them? `third` does, but not in 20 third graders, nor `two` in 6 two-liter bottles."""
+    for k, word in enumerate(words):
+        parts, rest = word.split("-"), words[k + 1 :]
+        effects = [*map(_effect, parts)]
+        compound = "" in effects[:-1] or "" in effects[1:]
+        if any(effects) and (rest[:1] == ["of"] or "changes" in effects and not compound):
+            return True
+        things = [thing for thing in [parts[-1], *rest] if not _effect(thing) and not _measure_name(thing)]
+        if any(effects) and not any(_PLURAL.search(thing) or compound and thing in rest for thing in things):
+            return True
+    return words[:1] == ["of"]
 
 # %% ../nbs/03_rewards.ipynb #58074aeb
-_ALIASES = {"percent": "%", "percentage": "%", "pct": "%", "$": "dollar", "usd": "dollar", "€": "euro", "eur": "euro",
-            "£": "pound", "gbp": "pound", "¥": "yen", "jpy": "yen", "¢": "cent"}
-_ATTACHED = frozenset([*"cm mm km kg mg ml lb oz ft hr am pm sq cu".split(), *_ALIASES.values()])
-
-
-def _stem(word: str) -> str:
-    stem = word.lower().removesuffix("s") or word
-    return _ALIASES.get(stem, stem)
+_PLURAL = re.compile("(?:s|men|people|children)$")
+_ATTACHED = frozenset("cm mm km kg mg ml lb oz ft hr am pm sq cu".split())
+_DEFINITIONS = [
+    "dollar = [dollar] = $ = usd = buck", "cent = dollar / 100 = ¢", "euro = [euro] = € = eur", "yen = [yen] = ¥ = jpy",
+    "rupee = [rupee] = ₹ = inr", "@alias pound = £ = gbp", "mile_per_gallon = mile / gallon = mpg", "@alias percent = percentage = pct",
+    "@alias kilometer_per_hour = kmh", "@alias week = wk", "@alias kilogram = kilos", "@alias fluid_ounce = fl_oz", "@alias degree_Celsius = C", "@alias degree_Fahrenheit = F",
+]
 
 # %% ../nbs/03_rewards.ipynb #d410798e
 @lru_cache
 def _pint():
     import pint
 
-    registry = pint.UnitRegistry()
-    registry.define("@alias kilometer_per_hour = kmh")
-    registry.define("@alias week = wk")
+    registry = pint.UnitRegistry(non_int_type=Fraction)
+    for line in _DEFINITIONS:
+        registry.define(line)
     return registry
 
 
 @lru_cache(maxsize=4_096)
 def _measure_name(word: str) -> str:
-    """pint's name for a unit of measurement; "" if it knows none of that name."""
+    """pint's name for a unit of measurement; "" if it knows none of that name. Attobarns (ab) are not for us."""
     known = _pint().parse_unit_name
     names = known(word) or known(word.lower()) if len(word) <= 20 else ()
-    return "".join(names[0][:2]) if names else ""
+    prefixes = ("", "kilo", "centi", "milli", "micro", "nano", "mega", "giga", "tera", "deci")
+    return next((prefix + name for prefix, name, _ in names if prefix in prefixes), "")
 
 # %% ../nbs/03_rewards.ipynb #d93525cc
+_PAIR = re.compile(r"([A-Za-z]+)(?:\.? |-)(?=([A-Za-z]+))")  # fl. oz
 _PLAIN = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\text ?\{([^{}]*)\}", r" \1 "), ("%", " percent "), (r"(?<=[a-z]) squared", "^2"), (r"(?<=[a-z]) cubed", "^3"),
     (r"\^? ?\{? ?\\circ ?\}?", " degree "), (r"(?i)\bdegrees? +c(?:elsius)?\b", "degC"),
-    (r"(?i)\bdegrees? +f(?:ahrenheit)?\b", "degF"),
+    (r"(?i)\bdegrees? +f(?:ahrenheit)?\b", "degF"), (r"\\mu *", "micro"), (r"(?<=[A-Za-z]) ?\\cdot ?(?=[A-Za-z])", " "), (r"\\Omega", "ohm"),
 ]]
 
 # %% ../nbs/03_rewards.ipynb #fc73e698
-def read_unit(unit: str) -> str | None:
-    """The unit that follows a number, as plain text ("" for none), or None if `unit` can be no unit."""
+def _is_unit(words: Sequence[str], attached: bool) -> bool:
+    """Can these words be the unit of a number? 12km and 5 yd, but neither 3ab nor 5 bn, nor a bare prefix."""
+    first = words[0]
+    if first in ("k", "M", "B") or (len(words) == 1 and first.endswith("ed")) or _changes_number(words):
+        return False  # 5 thousand, 5 halved
+    if len(first) < 3 or attached or not re.search("[aeiouy]", first, re.I):
+        if first in _ATTACHED or re.fullmatch("[A-Z]{2,}s", first):
+            return True
+        return bool(_measure_name(first) or first in _POWERS) and not (attached and len(first) < 3)
+    return bool(_measure_name(first) or not _measure_name(f"{first}meter"))
+
+
+def read_unit(unit: str) -> tuple[int, str] | None:
+    """What follows a number, as (factor, unit in plain text), (1, "") for nothing; None if `unit` can be no unit."""
     if not unit or re.search(r"[+*=<>,;:&|!_\[]", unit):
-        return None if unit else ""
+        return None if unit else (1, "")
     text = unit
     for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
-    if re.fullmatch(" *[$€£¥¢]? *", text):
-        return text.strip()
+    if re.fullmatch(" *[$€£¥¢₹]? *", text):
+        return 1, text.strip()
+    factor, text = _factor(_PAIR.sub(lambda m: f"{m[1]}_" if _measure_name(f"{m[1]}_{m[2]}") else m[0], text.strip()))
     plain = re.sub(r"(?<=[a-z]) *\^ ?\{?-?[123]\}?", "", text)  # cm^2
-    words = re.findall("[A-Za-z]+", plain)
-    if not 0 < len(words) <= 5 or not re.fullmatch(r"[A-Za-z /.()'-]*", plain) or any(map(_changes_number, words)):
+    words = re.findall("[A-Za-z_]+(?:-[A-Za-z]+)*", plain)
+    if len(words) > 5 or not re.fullmatch(r"[A-Za-z_ /.()'-]*", plain):
         return None
-    if words[0] in ("k", "M", "B") or (len(words) == 1 and words[0].endswith("ed")):
-        return None  # 5 thousand, 5 halved
     if "\\text" not in unit and any(len(word) == 1 and word not in "mghsLa" for word in words):
         return None  # 18 x
-    if (unit[0].isalpha() or not re.search("[aeiouy]", words[0], re.I)) and _stem(words[0]) not in _ATTACHED:
-        if unit[0].isalpha() and len(words[0]) < 3 or not _measure_name(words[0]):
-            return None  # 12km and 5 yd, but neither 3ab nor 5 bn
-    return "%" if _stem(text.strip()) == "%" else text.strip()
+    if words and not _is_unit(words, unit[0].isalpha()):
+        return None
+    return factor, "%" if _measure_name(text) == "percent" else text
 
 # %% ../nbs/03_rewards.ipynb #8246b407
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3} | dict.fromkeys(["/", "per", "a", "an", "each", "every"], -1)
 
 
+def _factor(text: str) -> tuple[int, str]:
+    """(12, "eggs") of `dozen eggs`."""
+    factor = 1
+    while (word := re.match("(?:[A-Za-z]+(?![A-Za-z-]))?", text)[0]) and (multiple := _number_words()[0].get(word.lower().removesuffix("s"))):
+        factor, text = factor * multiple, text[len(word) :].strip().removeprefix("of ")
+    return factor, text
+
+
 @lru_cache(maxsize=4_096)
-def _measure(unit: str) -> tuple[tuple, frozenset[str]]:
-    """A unit as (factor and root units of what pint knows in it, all of its words)."""
+def _measure(value: Fraction, unit: str) -> tuple[Fraction, tuple, frozenset[str]]:
+    """A number in the root units of what pint knows in its unit, these (empty if it knows nothing), and all words."""
     powers, words, power = {}, set(), 1
-    for word, exponent in re.findall(r"([A-Za-z]+|[/$€£¥¢%])(?: *\^ ?\{?(-?[123]))?", unit):
+    for word, exponent in re.findall(r"([A-Za-z_]+|[/$€£¥¢₹%])(?: *\^ ?\{?(-?[123]))?", unit):
         if word in _POWERS:
             power *= _POWERS[word]
             continue
         noise = words and power == 1 and len(word) == 2 and word.islower()  # 18 feet in total
-        name = "" if noise or _stem(word) in _ALIASES.values() else _measure_name(word)
-        if name not in ("", "degree"):
+        name = "" if noise else _measure_name(word)
+        if name not in ("", "degree") and (power < 0 or name not in powers):
             powers[name] = powers.get(name, 0) + power * int(exponent or 1)
-        words |= {*name.split("_")} if name else {_stem(word)}
+        words |= {*name.split("_")} if name else {word.lower().removesuffix("s")}
         power = 1
     try:
-        factor, root = _pint().get_root_units(" * ".join(f"{name}**{power}" for name, power in powers.items()))
+        there = _pint().Quantity(value, " * ".join(f"{name}**{power}" for name, power in powers.items())).to_root_units()
     except Exception:  # a prefix on degrees, and other things that pint refuses
-        return (unit,), frozenset(words)
-    return (f"{factor:.9g}", str(root)) if powers else (), frozenset(words)
+        return value, (unit,), frozenset(words)
+    return there.magnitude, tuple(sorted(there.unit_items())), frozenset(words)
 
 # %% ../nbs/03_rewards.ipynb #d2c9f339
-def same_unit(a: str, b: str) -> bool:
-    """May two units be the same? True if either is missing; measures must agree, of other words one."""
-    if not a or not b or a == b:
-        return True
-    (measure, words), (other, other_words) = _measure(a), _measure(b)
-    return measure == other if measure and other else bool(words & other_words)
+def _values(answer: "Number", gold: "Number") -> tuple[Fraction, Fraction] | None:
+    """Two numbers in the same unit; None if theirs differ: measures in kind, and of other words not one is common.
+    A unit on one side only is ignored."""
+    if not answer.unit or not gold.unit or answer.unit == gold.unit:
+        return answer.value, gold.value
+    (a, root, words), (g, other, other_words) = _measure(*answer[:2]), _measure(*gold[:2])
+    if root and other:
+        return (a, g) if root == other else None
+    return (answer.value, gold.value) if words & other_words else None
 
 # %% ../nbs/03_rewards.ipynb #65bd5e04
 _INT = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:[ ][0-9]{3})+|[0-9]+)"
@@ -317,9 +365,10 @@ _NUM = rf"(?:{_INT}(?:\.[0-9]*)?|\.[0-9]+)"
 _FRACTION = re.compile(rf"\\frac ?(?:\{{ ?(-?{_NUM}) ?\}}|([0-9])) ?(?:\{{ ?(-?{_NUM}) ?\}}|([0-9]))")
 _REPEATING = re.compile(r"([0-9]{0,20})\.([0-9]{0,20})\\overline ?\{([0-9]{1,20})\}")
 _LITERAL = re.compile(
-    rf"""(?P<sign>[-+]?)\ ?(?:(?P<coin>[$€£¥])\ ?(?P<inner>-?))?
+    rf"""(?P<sign>[-+]?)\ ?(?:(?:US\ ?(?=\$))?(?P<coin>[$€£¥₹]|[A-Z]{{3}}(?=\ ?[0-9]))\ ?(?P<inner>-?))?
     (?:(?P<whole>{_INT})\ +(?P<part>[0-9]+)\ ?/\ ?(?P<of>[0-9]+)(?![0-9.])             # 1 3/4
       |(?P<top>-?{_NUM})\ ?/\ ?(?P<bottom>-?{_NUM})                                    # 3/4
+      |(?P<base>[0-9]{{1,6}})\ ?\^\ ?\{{?\ ?(?P<up>[-+]?[0-9]{{1,2}})\ ?\}}?(?![0-9])       # 10^{{-6}}
       |(?P<number>{_NUM})(?:\ ?(?:\\times|\\cdot|\*)\ ?10\ ?\^\ ?\{{?(?P<power>[-+]?[0-9]{{1,2}})\}}?
                            |[eE](?P<exponent>[-+]?[0-9]{{1,2}}))?)                     # 18, 1.2 \times 10^{{-2}}, 1e3
     (?P<unit>.*)""",
@@ -328,7 +377,7 @@ _LITERAL = re.compile(
 
 
 class Number(NamedTuple):
-    """An exact number as written: `computed`: a fraction that hides an integer (36/2)."""
+    """An exact number as written: `computed`: a fraction or a power that hides an integer (36/2, 2^5)."""
 
     value: Fraction
     unit: str
@@ -347,33 +396,34 @@ def _repeating(match: re.Match) -> str:
 
 # %% ../nbs/03_rewards.ipynb #142ff4df
 def parse_number(text: str) -> Number | None:
-    """The rational number that normalised `text` writes, or None. No arithmetic but one fraction bar."""
-    text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
+    """The rational number that normalised `text` writes, or None. No arithmetic but one fraction bar or power."""
+    text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", text)
     match = _LITERAL.fullmatch(_REPEATING.sub(_repeating, text).strip())
     if not match or (unit := read_unit(match["unit"])) is None:
         return None
-    top, bottom = match["part"] or match["top"], match["of"] or match["bottom"]
-    if bottom and not _fraction(bottom):
+    top, bottom, coin = match["part"] or match["top"], match["of"] or match["bottom"], match["coin"] or ""
+    value = _fraction(top or match["base"] or match["number"])
+    if (bottom and not _fraction(bottom)) or (match["base"] and not value) or (coin.isalpha() and not _measure_name(coin)):
         return None
-    value = _fraction(top) / _fraction(bottom) if bottom else _fraction(match["number"])
+    value = value ** int(match["up"] or 1) / _fraction(bottom or "1")
     value = (value + _fraction(match["whole"] or "0")) * Fraction(10) ** int(match["power"] or match["exponent"] or 0)
     value = -value if (match["sign"] == "-") != (match["inner"] == "-") else value
-    unit = f"{match['coin'] or ''} {unit}".strip()
-    return Number(value, unit, bool(bottom) and value.denominator == 1, len((match["number"] or "").partition(".")[2]))
+    computed = value.denominator == 1 and bool(bottom or (match["base"] or "10") != "10")
+    places = len((match["number"] or "").partition(".")[2])
+    return Number(value * unit[0], f"{coin} {unit[1]}".strip(), computed, places)
 
 # %% ../nbs/03_rewards.ipynb #45940c60
 def same_number(answer: Number, gold: Number) -> bool:
     """Are two written numbers the same answer? Exact, but for percent signs and decimals of at least ten places."""
     if gold.value.denominator == 1 and answer.computed and not gold.computed:
         return False
-    if not same_unit(answer.unit, gold.unit):
-        return False  # hours for minutes
-    values = {answer.value}
-    if (answer.unit == "%") != (gold.unit == "%"):
-        values.add(answer.value / 100 if answer.unit == "%" else answer.value * 100)
+    if (values := _values(answer, gold)) is None:
+        return False  # hours for meters
+    value, target = values
+    percent = {(True, False): Fraction(1, 100), (False, True): 100}.get((answer.unit == "%", gold.unit == "%"), 1)
     places = max(answer.places, gold.places)
-    near = min(Fraction(1, 10**places), abs(gold.value) / 10**9)
-    return gold.value in values or (places >= 10 and abs(answer.value - gold.value) < near)
+    near = min(Fraction(1, 10**places), abs(target) / 10**9)
+    return target in (value, value * percent) or (places >= 10 and abs(value - target) < near)
 
 # %% ../nbs/03_rewards.ipynb #b4619a98
 _MATH = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+|\\[A-Za-z]+|[^ ]")
@@ -520,7 +570,7 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z' .-]*")
 @lru_cache(maxsize=65_536)
 def view(text: str) -> "Number | Shape | str":
     """What a normalised text writes: a number, a shape of items, or (unchanged) an expression."""
-    if (number := parse_number(text)) is not None:
+    if not re.match(r"-?[0-9]+ ?\^ ?\{? ?[-0-9]", text) and (number := parse_number(text)) is not None:
         return number
     formula, text = text, _without_text(text)
     for kind, pattern in _ATOMS:
@@ -556,17 +606,26 @@ _TEXT_KINDS = ("base", "ratio", "infinity", "letter", "words")
 _UNORDERED = ("{}", "list")
 
 
+def _as_number(side, other):
+    """What else can be a number if the other side is one: 10^{-6}, and 5 N if the other has a unit as well."""
+    if not isinstance(side, str) or not isinstance(other, Number):
+        return side
+    return parse_number(re.sub("(?<=[0-9]) ?([A-Za-z][^{}]*)$", r"\\text{\1}", side) if other.unit else side) or side
+
+
 def compare(answer, gold) -> bool | None:
     """Do two views write the same thing? True, False, or None if only algebra can tell."""
+    answer, gold = _as_number(answer, gold), _as_number(gold, answer)
     if isinstance(gold, Number):  # a number must be written as a number: no computations, no hedges
         if gold.places >= 10 and isinstance(answer, str):
             return same_values(answer, str(gold.value), gold.places)
         return isinstance(answer, Number) and same_number(answer, gold)
     if isinstance(answer, str) or isinstance(gold, str):
         if isinstance(gold, Shape):
-            return False if gold.kind in _TEXT_KINDS else None
-        formula = str(answer.value) if isinstance(answer, Number) and answer.unit in ("", "$") else answer
-        return True if answer == gold else same_values(formula, gold) if isinstance(formula, str) else None
+            return gold.kind == "letter" and same_values(answer, gold.items[0]) is True if gold.kind in _TEXT_KINDS else None
+        plain = isinstance(answer, Number) and answer.unit in ("", "$")
+        formula, places = (str(answer.value), answer.places) if plain else (answer, 0)
+        return True if answer == gold else same_values(formula, gold, places) if isinstance(formula, str) else None
     return False if isinstance(answer, Number) else _compare_shapes(answer, gold)
 
 # %% ../nbs/03_rewards.ipynb #be160806
