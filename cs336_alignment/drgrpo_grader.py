@@ -12,6 +12,7 @@ __all__ = ['MAX_CHARS', 'MAX_DEPTH', 'REWARD_FNS', 'app', 'boxed_answer', 'read_
 # %% ../nbs/03_rewards.ipynb #b3916d2e
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
+import ast
 import itertools
 import json
 import math
@@ -271,7 +272,7 @@ def _pint():
 def _measure_name(word: str) -> str:
     """pint's name for a unit of measurement; "" if it knows none of that name. Attobarns (ab) are not for us."""
     known = _pint().parse_unit_name
-    names = known(word) or known(word.lower()) if len(word) <= 20 else ()
+    names = known(word) or known(word.lower()) or known(re.sub("(?<=^..)s$", "", word)) if len(word) <= 20 else ()
     prefixes = ("", "kilo", "centi", "milli", "micro", "nano", "mega", "giga", "tera", "deci")
     return next((prefix + name for prefix, name, _ in names if prefix in prefixes), "")
 
@@ -287,13 +288,13 @@ _PLAIN = [(re.compile(pattern), replacement) for pattern, replacement in [
 def _is_unit(words: Sequence[str], attached: bool) -> bool:
     """Can these words be the unit of a number? 12km and 5 yd, but neither 3ab nor 5 bn, nor a bare prefix."""
     first = words[0]
-    if first in ("k", "M", "B") or (len(words) == 1 and first.endswith("ed")) or _changes_number(words):
-        return False  # 5 thousand, 5 halved
+    if re.fullmatch("[kMB]|kilo|mega|giga|tera", first) or re.fullmatch("[a-z]+ed", " ".join(words)) or _changes_number(words):
+        return False  # 5 k, 5 halved
     if len(first) < 3 or attached or not re.search("[aeiouy]", first, re.I):
         if first in _ATTACHED or re.fullmatch("[A-Z]{2,}s", first):
             return True
         return bool(_measure_name(first) or first in _POWERS) and not (attached and len(first) < 3)
-    return bool(_measure_name(first) or not _measure_name(f"{first}meter"))
+    return True
 
 
 def read_unit(unit: str) -> tuple[int, str] | None:
@@ -426,112 +427,82 @@ def same_number(answer: Number, gold: Number) -> bool:
     return target in (value, value * percent) or (places >= 10 and abs(value - target) < near)
 
 # %% ../nbs/03_rewards.ipynb #b4619a98
-_MATH = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+|\\[A-Za-z]+|[^ ]")
-_TIMES = ("*", "\\cdot", "\\times", "/")
+_ARGUMENT = re.compile(r"(\\(?:frac(?: ?\{[^{}]*\})?|binom|sqrt(?: ?\[[3-9]\])?)|\^) ?([A-Za-z0-9]|\\pi)(?![0-9.])")  # \sqrt2, x^2
+_NAMES = {"\\cdot": "*", "\\times": "*", "\\pi": "π", "\\frac": "φ", "\\binom": "β", "\\sqrt": "ρ2"}
+_AMBIGUOUS = re.compile(r"[^0-9A-Za-np-zπφρβ(){}+*/^.-]|[A-Za-zπ)}][0-9.]|[0-9]φ|[fghpFGHP]\(|\^(?!\{)|\^\{[^{}]*\}\^|[-+*/][-+*/]")
 
 
 class _Unclear(Exception):
     """This text has no single reading, or none that this small evaluator knows."""
 
 
+@lru_cache(maxsize=4_096)
+def _parse(text: str) -> ast.expr:
+    """Python's syntax tree of a formula that is short and unambiguous. 2x\\frac{1}{y} is read as '2'@x@φ['1'][y]."""
+    text = re.sub(r"\\sqrt ?\[([3-9])\]", r"ρ\1", _ARGUMENT.sub(r"\1{\2}", text))
+    text = re.sub(r"\\[a-z]+", lambda name: _NAMES.get(name[0], "?"), text)
+    text = re.sub("(?<![0-9.]) +| +(?![0-9.])", "", text)
+    if len(text) > 200 or _AMBIGUOUS.search(re.sub("ρ[2-9]", "ρ", text)):
+        raise _Unclear  # x^12, 1\frac{1}{2}, f(x); and o is no variable: "no" is a word
+    text = re.sub(r"(?<=[0-9A-Za-zπ)}])(?<!ρ[2-9])(?=[A-Za-zπφρβ(])", "@", text)
+    text = re.sub(r"(?<!ρ)[0-9.]+", r"'\g<0>'", text).replace("^", "**").replace(")", ",)")
+    return ast.parse(text.translate(str.maketrans("{}", "[]")), mode="eval").body
+
+# %% ../nbs/03_rewards.ipynb #4ebc5d11
 @lru_cache
 def _precise():
-    """Complex arithmetic with 150 digits: doubles take $1 + 10^{-20}$ for 1."""
+    """Complex arithmetic with 150 digits: doubles take 1 + 10^-20 for 1."""
     import mpmath
 
     context = mpmath.MPContext()
     context.dps = 150
     return context
 
-# %% ../nbs/03_rewards.ipynb #4ebc5d11
-def _sum(tokens: list[str], point: Callable[[str], float]):
-    total = 0
-    while True:
-        sign = tokens.pop() if tokens and tokens[-1] in "+-" else "+"
-        total += -_product(tokens, point) if sign == "-" else _product(tokens, point)
-        if not tokens or tokens[-1] not in "+-":
-            return total
 
-
-def _product(tokens: list[str], point: Callable[[str], float]):
-    after_number, divided = tokens and tokens[-1][0].isdigit(), False
-    value = _power(tokens, point)
-    while tokens and tokens[-1] not in ("+", "-", ")", "}", "]"):
-        sign = tokens.pop() if tokens[-1] in _TIMES else ""
-        if not sign and (divided or tokens[-1][0].isdigit() or (after_number and tokens[-1] == "\\frac")):
-            raise _Unclear  # 1/2x, x2, 1\frac{1}{2}
-        factor = _power(tokens, point)
-        value, divided = (value / factor, True) if sign == "/" else (value * factor, divided)
-        after_number = False
-    return _moderate(value)
-
-# %% ../nbs/03_rewards.ipynb #22c7d482
 def _moderate(value):
     if value and not 1e-30 < abs(value) < 1e30:
         raise _Unclear  # 150 digits might lose the other terms of a sum, or this one
     return value
 
 
-def _power(tokens: list[str], point: Callable[[str], float]):
-    base = _atom(tokens, point)
-    if not tokens or tokens[-1] != "^":
-        return base
-    tokens.pop()
-    exponent = _argument(tokens, point)
-    if (tokens and tokens[-1] == "^") or abs(exponent) > 1e3:
+def _power(base, exponent):
+    if abs(exponent) > 1e3:
         raise _Unclear
     value = base ** (int(exponent.real) if _precise().isint(exponent) else exponent)
     _moderate(value - 1)  # nor is it almost 1
     return _moderate(value)
 
-# %% ../nbs/03_rewards.ipynb #0991ccd8
-def _argument(tokens: list[str], point: Callable[[str], float]):
-    if not tokens or (tokens[-1] != "{" and len(tokens[-1]) > 1 and tokens[-1] != "\\pi") or tokens[-1] in "(+-":
-        raise _Unclear  # x^12 may mean x^1 2
-    return _atom(tokens, point)
-
-
-def _atom(tokens: list[str], point: Callable[[str], float]):
-    token = tokens.pop() if tokens else ""
-    if token[:1].isdigit() or token[:1] == "." != token:
-        return _precise().mpc(token)
-    if token in ("(", "{"):
-        value = _sum(tokens, point)
-        if not tokens or tokens.pop() != {"(": ")", "{": "}"}[token]:
-            raise _Unclear
-        return value
-    return _named(token, tokens, point)
-
 # %% ../nbs/03_rewards.ipynb #f7665834
-def _named(token: str, tokens: list[str], point: Callable[[str], float]):
-    if token == "\\frac":
-        return _argument(tokens, point) / _argument(tokens, point)
-    if token == "\\binom":
-        n, k = _argument(tokens, point), _argument(tokens, point)
-        if n.imag or k.imag or _precise().isint(n):
-            raise _Unclear  # not real, or a number that is still to be computed
-        return _precise().binomial(n, k)
-    if token == "\\sqrt":
-        degree = 2
-        if tokens and tokens[-1] == "[":
-            degree = int(tokens[-2]) if len(tokens) > 2 and tokens[-3] == "]" and tokens[-2] in "3456789" else 0
-            del tokens[-3:]
-        return _argument(tokens, point) ** (_precise().mpf(1) / degree)
-    if token in ("\\pi", "i", "e"):
-        return _precise().mpc({"\\pi": _precise().pi, "i": 1j, "e": _precise().e}[token])
-    if not re.fullmatch("[A-Za-np-z]", token) or (token in "fghpFGHP" and tokens and tokens[-1] == "("):
-        raise _Unclear  # f(x) is no product, and o is no variable: "no" is a word
-    return _precise().mpc(point(token))
+def _value(node: ast.expr, k: int):
+    """Value of a formula at the k-th point, where every letter is real, of either sign."""
+    precise, value = _precise(), lambda part: _value(part, k)
+    match node:
+        case ast.Constant(text): return precise.mpc(text)
+        case ast.Name("π"): return precise.mpc(precise.pi)
+        case ast.Name("e"): return precise.mpc(precise.e)
+        case ast.Name(name): return precise.mpc(1j if name == "i" else 2 * math.sin(1.7 * (k + 1) * ord(name)))
+        case ast.Tuple([part]) | ast.List([part]): return value(part)
+        case ast.UnaryOp(ast.USub(), part): return -value(part)
+        case ast.BinOp(a, ast.Add(), b): return value(a) + value(b)
+        case ast.BinOp(a, ast.Sub(), b): return value(a) - value(b)
+        case ast.BinOp(ast.BinOp(_, ast.Div(), _), ast.MatMult(), _): raise _Unclear  # 1/2x
+        case ast.BinOp(a, ast.Mult() | ast.MatMult(), b): return _moderate(value(a) * value(b))
+        case ast.BinOp(a, ast.Div(), b): return _moderate(value(a) / value(b))
+        case ast.Subscript(ast.Subscript(ast.Name("φ"), a), b): return _moderate(value(a) / value(b))
+        case ast.BinOp(a, ast.Pow(), b): return _power(value(a), value(b))
+        case ast.Subscript(ast.Name(root), part) if root[0] == "ρ": return value(part) ** (precise.mpf(1) / int(root[1]))
+        case ast.Subscript(ast.Subscript(ast.Name("β"), n), k_) if not precise.isint(value(n)):  # else still to be computed
+            return precise.binomial(value(n), value(k_))
+    raise _Unclear
 
 # %% ../nbs/03_rewards.ipynb #0ecba160
 def numeric_value(text: str, k: int):
-    """Value of a normalised formula at the k-th fixed point (every letter is real, of either sign); None if unclear."""
-    tokens = _MATH.findall(text)[::-1] if len(text) <= 200 else []
+    """Value of a normalised formula at the k-th fixed point; None if unclear."""
     try:
-        value = _sum(tokens, lambda letter: 2 * math.sin(1.7 * (k + 1) * ord(letter)))
-    except (_Unclear, ArithmeticError, RecursionError, ValueError):
+        value = _value(_parse(text), k)
+    except (_Unclear, ArithmeticError, RecursionError, MemoryError, SyntaxError, ValueError):
         return None
-    return None if tokens or not abs(value) < math.inf else value
+    return value if abs(value) < math.inf else None
 
 
 def same_values(answer: str, gold: str, places: int = 0) -> bool | None:
@@ -560,7 +531,7 @@ _MATRIX = re.compile(r"\\begin ?\{([pb]?matrix|array)\}(?: ?\{[lcr| ]*\})?(.*)\\
 _BRACKETED = re.compile(r"(\(|\[|\\\{|\\langle)(.*)(\)|\]|\\\}|\\rangle)", re.S)
 _ATOMS = [
     ("base", re.compile(r"([0-9A-F]+) ?_ ?\{? ?([0-9]+) ?\}?")),
-    ("ratio", re.compile(r"([0-9]+) ?: ?([0-9]+)(?: ?: ?([0-9]+))?")),
+    ("ratio", re.compile(r"([0-9]+) ?: ?([0-9]+)(?: ?: ?([0-9]+))? ?([ap]m)?")),
     ("infinity", re.compile(r"\+? ?(-?) ?(?:\\infty|infinity)")),
     ("letter", re.compile(r"([A-Za-z])")),
 ]
@@ -694,11 +665,6 @@ def _drop_names(answer: str, gold: str) -> tuple[str, str]:
         value = ", ".join(split_name(part)[1] for part in split(answer, [","]))
     return (value, gold_value) if gold_is_plain or answer_is_plain or name == gold_name else (answer, gold)
 
-# %% ../nbs/03_rewards.ipynb #be2f252b
-def _squeeze(text: str) -> str:
-    text = _without_text(text)
-    return re.sub(r"(?<![0-9]) +| +(?![0-9])|\.(?![0-9])", "", re.sub(r"\{([A-Za-z0-9])\}", r"\1", text))
-
 # %% ../nbs/03_rewards.ipynb #c02436d1
 def decide(answer: str, gold: str) -> tuple[bool | None, str]:
     """(verdict, rung that gave it) without algebra; the verdict is None on the rung "sympy": only algebra can tell."""
@@ -716,8 +682,6 @@ def decide(answer: str, gold: str) -> tuple[bool | None, str]:
         return True, "shape"
     if (verdict := compare(seen, target)) is not None:
         return verdict, {Number: "number", str: "values"}.get(type(target), "shape")
-    if _squeeze(answer) == _squeeze(gold):
-        return True, "identical"
     return (False, "guard") if is_suspect(answer, gold) else (None, "sympy")
 
 # %% ../nbs/03_rewards.ipynb #c2ce29ed
