@@ -208,9 +208,12 @@ _NOT_UNITS = frozenset(
     "or nor not to than plus minus times over by is are squared cubed factorial negative below point mod choose "
     "base log ln exp sin cos tan sqrt root pi if maybe perhaps either but".split()
 )
-_MULTIPLE = r"(?:doub|treb|trip|(?!co|scr)\w*up)l"
-_CHANGES = re.compile(rf"hal(?:f|ves?|ved)|quarter(?:s|ed)?|scores|mio|thou|twice|thrice|(?:m|b|tr)ils?|\w*illions?|\w*fold|{_MULTIPLE}(?:ed|y|ing)")
-_MAY_CHANGE = re.compile(rf"{_MULTIPLE}es?|grand|score")  # 5 double, but 5 double rooms
+_FOLD = r"(?:doub|treb|trip|(?!co|scr)\w*up)l"
+_CHANGES = re.compile(
+    rf"hal(?:f|ves?|ved)|quarter(?:s|ed)?|scores|mio|thou|twice|thrice|(?:m|b|tr)ils?|\w*illions?|\w*fold|{_FOLD}(?:ed|y|ing)"
+)
+_MAY_CHANGE = re.compile(rf"{_FOLD}es?|grand|score")
+_PLURAL = re.compile("(?:s|men|people|children)$")
 
 # %% ../nbs/03_rewards.ipynb #ffe2b21a
 @lru_cache
@@ -219,11 +222,12 @@ def _number_words() -> tuple[dict[str, int], frozenset[str], frozenset[str]]:
     from num2words import num2words
 
     multiples = {num2words(10**k).split()[1]: 10**k for k in (2, *range(3, 66, 3))}
-    multiples |= {"dozen": 12, "gross": 144, "myriad": 10**4, "lakh": 10**5, "lac": 10**5, "crore": 10**7, "googol": 10**100}
-    small = [frozenset(re.findall("[a-z]+", " ".join(num2words(n, to=to) for n in range(101)))) for to in ("cardinal", "ordinal")]
-    return multiples, small[0], (small[1] - small[0] - {"second"}) | {f"{word}th" for word in multiples}
+    multiples |= dict(dozen=12, gross=144, myriad=10**4, lakh=10**5, lac=10**5, crore=10**7, googol=10**100)
+    small = [" ".join(num2words(n, to=to) for n in range(101)) for to in ("cardinal", "ordinal")]
+    cardinals, ordinals = (frozenset(re.findall("[a-z]+", text)) for text in small)
+    return multiples, cardinals, (ordinals - cardinals - {"second"}) | {f"{word}th" for word in multiples}
 
-
+# %% ../nbs/03_rewards.ipynb #58074aeb
 @lru_cache(maxsize=4_096)
 def _effect(word: str) -> str:
     """Of a word after a number: "changes" it, "may change" it (unless it describes what is counted), or ""."""
@@ -231,40 +235,35 @@ def _effect(word: str) -> str:
     if word in ordinals or _MAY_CHANGE.fullmatch(word):
         return "may change"
     stems = {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}
-    known = stems & (multiples.keys() | cardinals | ordinals)
-    return "changes" if word in _NOT_UNITS or known or _CHANGES.fullmatch(word) else ""
+    known = stems & (multiples.keys() | cardinals | ordinals | _NOT_UNITS)
+    return "changes" if known or _CHANGES.fullmatch(word) else ""
 
 
 def _changes_number(words: Sequence[str]) -> bool:
-    """Do words change the number before them? `third` does, but not in 20 third graders, nor `two` in 6 two-liter bottles."""
+    """Do words change the number before them? 4 fifths, but not 4 fifth graders; 3 twos, but not 3 two-liter bottles."""
     for k, word in enumerate(words):
         parts, rest = word.split("-"), words[k + 1 :]
-        effects = [*map(_effect, parts)]
-        compound = "" in effects[:-1] or "" in effects[1:]
-        if any(effects) and (rest[:1] == ["of"] or "changes" in effects and not compound):
-            return True
-        things = [thing for thing in [parts[-1], *rest] if not _effect(thing) and not _measure_name(thing)]
-        if any(effects) and not any(_PLURAL.search(thing) or compound and thing in rest for thing in things):
-            return True
+        if any(effects := [*map(_effect, parts)]):
+            things = [thing for thing in [parts[-1], *rest] if not _effect(thing) and not _measure_name(thing)]
+            counted = any(_PLURAL.search(thing) or ("" in effects and thing in rest) for thing in things)
+            if not counted or rest[:1] == ["of"] or ("changes" in effects and "" not in effects):
+                return True
     return words[:1] == ["of"]
 
-# %% ../nbs/03_rewards.ipynb #58074aeb
-_PLURAL = re.compile("(?:s|men|people|children)$")
-_ATTACHED = frozenset("cm mm km kg mg ml lb oz ft hr am pm sq cu".split())
-_DEFINITIONS = [
-    "dollar = [dollar] = $ = usd = buck", "cent = dollar / 100 = ¢", "euro = [euro] = € = eur", "yen = [yen] = ¥ = jpy",
-    "rupee = [rupee] = ₹ = inr", "@alias pound = £ = gbp", "mile_per_gallon = mile / gallon = mpg", "@alias percent = percentage = pct",
-    "@alias kilometer_per_hour = kmh", "@alias week = wk", "@alias kilogram = kilos", "@alias fluid_ounce = fl_oz", "@alias degree_Celsius = C", "@alias degree_Fahrenheit = F",
-]
-
 # %% ../nbs/03_rewards.ipynb #d410798e
+_ATTACHED = frozenset("cm mm km kg mg ml lb oz ft hr am pm sq cu".split())
+_DEFINITIONS = """dollar = [dollar] = $ = usd = buck; cent = dollar / 100 = ¢; euro = [euro] = € = eur; yen = [yen] = ¥ = jpy
+    rupee = [rupee] = ₹ = inr; @alias pound = £ = gbp; @alias percent = percentage = pct; mile_per_gallon = mile / gallon = mpg
+    @alias kilometer_per_hour = kmh; @alias week = wk; @alias kilogram = kilos; @alias fluid_ounce = fl_oz
+    @alias degree_Celsius = C; @alias degree_Fahrenheit = F"""
+
+
 @lru_cache
 def _pint():
     import pint
 
     registry = pint.UnitRegistry(non_int_type=Fraction)
-    for line in _DEFINITIONS:
-        registry.define(line)
+    registry.load_definitions(re.split("; |\n +", _DEFINITIONS))
     return registry
 
 
@@ -280,8 +279,8 @@ def _measure_name(word: str) -> str:
 _PAIR = re.compile(r"([A-Za-z]+)(?:\.? |-)(?=([A-Za-z]+))")  # fl. oz
 _PLAIN = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\text ?\{([^{}]*)\}", r" \1 "), ("%", " percent "), (r"(?<=[a-z]) squared", "^2"), (r"(?<=[a-z]) cubed", "^3"),
-    (r"\^? ?\{? ?\\circ ?\}?", " degree "), (r"(?i)\bdegrees? +c(?:elsius)?\b", "degC"),
-    (r"(?i)\bdegrees? +f(?:ahrenheit)?\b", "degF"), (r"\\mu *", "micro"), (r"(?<=[A-Za-z]) ?\\cdot ?(?=[A-Za-z])", " "), (r"\\Omega", "ohm"),
+    (r"\^? ?\{? ?\\circ ?\}?", " degree "), (r"(?i)\bdegrees? +([cf])(?:elsius|ahrenheit)?\b", lambda m: f"deg{m[1].upper()}"),
+    (r"\\mu *", "micro"), (r"\\Omega", "ohm"), (r"(?<=[A-Za-z]) ?\\cdot ?(?=[A-Za-z])", " "),
 ]]
 
 # %% ../nbs/03_rewards.ipynb #fc73e698
@@ -290,43 +289,32 @@ def _is_unit(words: Sequence[str], attached: bool) -> bool:
     first = words[0]
     if re.fullmatch("[kMB]|kilo|mega|giga|tera", first) or re.fullmatch("[a-z]+ed", " ".join(words)) or _changes_number(words):
         return False  # 5 k, 5 halved
-    if len(first) < 3 or attached or not re.search("[aeiouy]", first, re.I):
-        if first in _ATTACHED or re.fullmatch("[A-Z]{2,}s", first):
-            return True
-        return bool(_measure_name(first) or first in _POWERS) and not (attached and len(first) < 3)
-    return True
+    if first in _ATTACHED or re.fullmatch("[A-Z]{2,}s", first) or (len(first) > 2 and not attached and re.search("[aeiouy]", first, re.I)):
+        return True
+    return bool(_measure_name(first) or first in _POWERS) and not (attached and len(first) < 3)
 
 
 def read_unit(unit: str) -> tuple[int, str] | None:
     """What follows a number, as (factor, unit in plain text), (1, "") for nothing; None if `unit` can be no unit."""
     if not unit or re.search(r"[+*=<>,;:&|!_\[]", unit):
         return None if unit else (1, "")
-    text = unit
+    factor, text = 1, unit
     for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
-    if re.fullmatch(" *[$€£¥¢₹]? *", text):
-        return 1, text.strip()
-    factor, text = _factor(_PAIR.sub(lambda m: f"{m[1]}_" if _measure_name(f"{m[1]}_{m[2]}") else m[0], text.strip()))
+    text = _PAIR.sub(lambda m: f"{m[1]}_" if _measure_name(f"{m[1]}_{m[2]}") else m[0], text.strip())
+    while (word := re.match(r"[A-Za-z]*(?![A-Za-z-])", text)) and (multiple := _number_words()[0].get(word[0].lower().removesuffix("s"))):
+        factor, text = factor * multiple, text[word.end() :].strip().removeprefix("of ")  # 3 dozen
     plain = re.sub(r"(?<=[a-z]) *\^ ?\{?-?[123]\}?", "", text)  # cm^2
     words = re.findall("[A-Za-z_]+(?:-[A-Za-z]+)*", plain)
-    if len(words) > 5 or not re.fullmatch(r"[A-Za-z_ /.()'-]*", plain):
-        return None
-    if "\\text" not in unit and any(len(word) == 1 and word not in "mghsLa" for word in words):
-        return None  # 18 x
-    if words and not _is_unit(words, unit[0].isalpha()):
+    if not words:
+        return (factor, text) if re.fullmatch("[$€£¥¢₹]?", text) else None
+    letters = "\\text" not in unit and any(len(word) == 1 and word not in "mghsLa" for word in words)  # 18 x
+    if letters or len(words) > 5 or not re.fullmatch(r"[A-Za-z_ /.()'-]*", plain) or not _is_unit(words, unit[0].isalpha()):
         return None
     return factor, "%" if _measure_name(text) == "percent" else text
 
 # %% ../nbs/03_rewards.ipynb #8246b407
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3} | dict.fromkeys(["/", "per", "a", "an", "each", "every"], -1)
-
-
-def _factor(text: str) -> tuple[int, str]:
-    """(12, "eggs") of `dozen eggs`."""
-    factor = 1
-    while (word := re.match("(?:[A-Za-z]+(?![A-Za-z-]))?", text)[0]) and (multiple := _number_words()[0].get(word.lower().removesuffix("s"))):
-        factor, text = factor * multiple, text[len(word) :].strip().removeprefix("of ")
-    return factor, text
 
 
 @lru_cache(maxsize=4_096)
@@ -348,17 +336,6 @@ def _measure(value: Fraction, unit: str) -> tuple[Fraction, tuple, frozenset[str
     except Exception:  # a prefix on degrees, and other things that pint refuses
         return value, (unit,), frozenset(words)
     return there.magnitude, tuple(sorted(there.unit_items())), frozenset(words)
-
-# %% ../nbs/03_rewards.ipynb #d2c9f339
-def _values(answer: "Number", gold: "Number") -> tuple[Fraction, Fraction] | None:
-    """Two numbers in the same unit; None if theirs differ: measures in kind, and of other words not one is common.
-    A unit on one side only is ignored."""
-    if not answer.unit or not gold.unit or answer.unit == gold.unit:
-        return answer.value, gold.value
-    (a, root, words), (g, other, other_words) = _measure(*answer[:2]), _measure(*gold[:2])
-    if root and other:
-        return (a, g) if root == other else None
-    return (answer.value, gold.value) if words & other_words else None
 
 # %% ../nbs/03_rewards.ipynb #65bd5e04
 _INT = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:[ ][0-9]{3})+|[0-9]+)"
@@ -415,12 +392,16 @@ def parse_number(text: str) -> Number | None:
 
 # %% ../nbs/03_rewards.ipynb #45940c60
 def same_number(answer: Number, gold: Number) -> bool:
-    """Are two written numbers the same answer? Exact, but for percent signs and decimals of at least ten places."""
+    """Are two written numbers the same answer? Exact, but for percent signs and decimals of at least ten places. Measures
+    must agree, of other units one word; a unit on one side only is ignored."""
     if gold.value.denominator == 1 and answer.computed and not gold.computed:
         return False
-    if (values := _values(answer, gold)) is None:
-        return False  # hours for meters
-    value, target = values
+    value, target = answer.value, gold.value
+    if answer.unit and gold.unit and answer.unit != gold.unit:
+        (a, units, words), (g, other, other_words) = _measure(value, answer.unit), _measure(target, gold.unit)
+        if units != other if units and other else not words & other_words:
+            return False  # hours for meters
+        value, target = (a, g) if units and other else (value, target)
     percent = {(True, False): Fraction(1, 100), (False, True): 100}.get((answer.unit == "%", gold.unit == "%"), 1)
     places = max(answer.places, gold.places)
     near = min(Fraction(1, 10**places), abs(target) / 10**9)
@@ -432,18 +413,14 @@ _NAMES = {"\\cdot": "*", "\\times": "*", "\\pi": "π", "\\frac": "φ", "\\binom"
 _AMBIGUOUS = re.compile(r"[^0-9A-Za-np-zπφρβ(){}+*/^.-]|[A-Za-zπ)}][0-9.]|[0-9]φ|[fghpFGHP]\(|\^(?!\{)|\^\{[^{}]*\}\^|[-+*/][-+*/]")
 
 
-class _Unclear(Exception):
-    """This text has no single reading, or none that this small evaluator knows."""
-
-
 @lru_cache(maxsize=4_096)
 def _parse(text: str) -> ast.expr:
-    """Python's syntax tree of a formula that is short and unambiguous. 2x\\frac{1}{y} is read as '2'@x@φ['1'][y]."""
+    """Python's syntax tree of a formula, 2x\\frac{1}{y} written as '2'@x@φ['1'][y]. ValueError if it has no clear reading."""
     text = re.sub(r"\\sqrt ?\[([3-9])\]", r"ρ\1", _ARGUMENT.sub(r"\1{\2}", text))
     text = re.sub(r"\\[a-z]+", lambda name: _NAMES.get(name[0], "?"), text)
     text = re.sub("(?<![0-9.]) +| +(?![0-9.])", "", text)
     if len(text) > 200 or _AMBIGUOUS.search(re.sub("ρ[2-9]", "ρ", text)):
-        raise _Unclear  # x^12, 1\frac{1}{2}, f(x); and o is no variable: "no" is a word
+        raise ValueError(text)  # x^12, 1\frac{1}{2}, f(x); and o is no variable: "no" is a word
     text = re.sub(r"(?<=[0-9A-Za-zπ)}])(?<!ρ[2-9])(?=[A-Za-zπφρβ(])", "@", text)
     text = re.sub(r"(?<!ρ)[0-9.]+", r"'\g<0>'", text).replace("^", "**").replace(")", ",)")
     return ast.parse(text.translate(str.maketrans("{}", "[]")), mode="eval").body
@@ -461,13 +438,13 @@ def _precise():
 
 def _moderate(value):
     if value and not 1e-30 < abs(value) < 1e30:
-        raise _Unclear  # 150 digits might lose the other terms of a sum, or this one
+        raise ValueError(value)  # 150 digits might lose the other terms of a sum, or this one
     return value
 
 
 def _power(base, exponent):
     if abs(exponent) > 1e3:
-        raise _Unclear
+        raise ValueError(exponent)
     value = base ** (int(exponent.real) if _precise().isint(exponent) else exponent)
     _moderate(value - 1)  # nor is it almost 1
     return _moderate(value)
@@ -485,7 +462,7 @@ def _value(node: ast.expr, k: int):
         case ast.UnaryOp(ast.USub(), part): return -value(part)
         case ast.BinOp(a, ast.Add(), b): return value(a) + value(b)
         case ast.BinOp(a, ast.Sub(), b): return value(a) - value(b)
-        case ast.BinOp(ast.BinOp(_, ast.Div(), _), ast.MatMult(), _): raise _Unclear  # 1/2x
+        case ast.BinOp(ast.BinOp(_, ast.Div(), _), ast.MatMult(), _): raise ValueError(node)  # 1/2x
         case ast.BinOp(a, ast.Mult() | ast.MatMult(), b): return _moderate(value(a) * value(b))
         case ast.BinOp(a, ast.Div(), b): return _moderate(value(a) / value(b))
         case ast.Subscript(ast.Subscript(ast.Name("φ"), a), b): return _moderate(value(a) / value(b))
@@ -493,14 +470,14 @@ def _value(node: ast.expr, k: int):
         case ast.Subscript(ast.Name(root), part) if root[0] == "ρ": return value(part) ** (precise.mpf(1) / int(root[1]))
         case ast.Subscript(ast.Subscript(ast.Name("β"), n), k_) if not precise.isint(value(n)):  # else still to be computed
             return precise.binomial(value(n), value(k_))
-    raise _Unclear
+    raise ValueError(node)
 
 # %% ../nbs/03_rewards.ipynb #0ecba160
 def numeric_value(text: str, k: int):
     """Value of a normalised formula at the k-th fixed point; None if unclear."""
     try:
         value = _value(_parse(text), k)
-    except (_Unclear, ArithmeticError, RecursionError, MemoryError, SyntaxError, ValueError):
+    except (ArithmeticError, RecursionError, MemoryError, SyntaxError, ValueError):
         return None
     return value if abs(value) < math.inf else None
 
