@@ -137,7 +137,7 @@ def is_unreadable(text: str) -> bool:
 # %% ../nbs/03_rewards.ipynb #aadecca4
 _SYMBOLS = str.maketrans({
     "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "°": r"^\circ ", "∛": r"\sqrt[3]", "≤": r"\le ", "≥": r"\ge ",
-    "≠": r"\ne ", "±": r"\pm ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
+    "≠": r"\ne ", "±": r"\pm ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ",
 })
 _SPELLINGS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": r"\frac{%s}"}
 
@@ -162,12 +162,12 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
         (r"(?<!\\)\\!\s*|\\(?:left|right|displaystyle)(?![A-Za-z])", ""),  # spacing and sizes
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s", " "),
         (r"(?:√|(?<![\\A-Za-z])sqrt|\\sqrt(?= ?\()) ?(?:\(((?:[^()]|\([^()]*\))*)\)|([0-9.]+|[A-Za-z]))", r"\\sqrt{\1\2}"),
+        ("√", r"\\sqrt "),
         (r"\{,\}", ","), (r"\\([%$])", r"\1"),  # 1{,}000, 5\%, \$5
         (r"\\[dtc](frac|binom)", r"\\\1"),
         (r"\{ ?([^{}]+?) ?\\choose(?![A-Za-z]) ?([^{}]+?) ?\}", r"\\binom{\1}{\2}"),
-        (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
-        (r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),
-        (r"(\\frac ?\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
+        (r"\\(frac|binom) ?([A-Za-z0-9]|\\pi(?![a-z]))", r"\\\1{\2}"),
+        (r"(\\(?:frac|binom) ?\{[^{}]*\}) ?([A-Za-z0-9]|\\pi(?![a-z]))", r"\1{\2}"),
         (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"), (r"!=|\\neq(?![A-Za-z])", r"\\ne "),
         (r">=|\\geq(?![A-Za-z])", r"\\ge "), (r"<=|\\leq(?![A-Za-z])", r"\\le "),
         (r"(?<=[0-9])i(?![A-Za-z])", " i"),
@@ -210,7 +210,7 @@ _NOT_UNITS = frozenset(
 )
 _FOLD = r"(?:doub|treb|trip|(?!co|scr)\w*up)l"
 _CHANGES = re.compile(
-    rf"hal(?:f|ves?|ved)|quarter(?:s|ed)?|scores|mio|thou|twice|thrice|(?:m|b|tr)ils?|\w*illions?|\w*fold|{_FOLD}(?:ed|y|ing)"
+    rf"hal(?:f|ves?|ved)|quarter(?:s|ed)?|scores|mio|thou|googolplex|n[ao]ught|twice|thrice|(?:m|b|tr)ils?|\w*illions?|\w*fold|{_FOLD}(?:ed|y|ing)"
 )
 _MAY_CHANGE = re.compile(rf"{_FOLD}es?|grand|score")
 _PLURAL = re.compile("(?:s|men|people|children)$")
@@ -244,15 +244,15 @@ def _changes_number(words: Sequence[str]) -> bool:
     for k, word in enumerate(words):
         parts, rest = word.split("-"), words[k + 1 :]
         if any(effects := [*map(_effect, parts)]):
-            things = [thing for thing in [parts[-1], *rest] if not _effect(thing) and not _measure_name(thing)]
-            counted = any(_PLURAL.search(thing) or ("" in effects and thing in rest) for thing in things)
+            things = [thing for thing in [parts[-1], *rest] if _PLURAL.search(thing) and not _measure_name(thing)]
+            counted = "" in map(_effect, things) or ("" in effects and "" in map(_effect, rest))
             if not counted or rest[:1] == ["of"] or ("changes" in effects and "" not in effects):
                 return True
     return words[:1] == ["of"]
 
 # %% ../nbs/03_rewards.ipynb #d410798e
 _ATTACHED = frozenset("cm mm km kg mg ml lb oz ft hr am pm sq cu".split())
-_DEFINITIONS = """dollar = [dollar] = $ = usd = buck; cent = dollar / 100 = ¢; euro = [euro] = € = eur; yen = [yen] = ¥ = jpy
+_DEFINITIONS = """dollar = [dollar] = $ = usd = US_dollar = buck; cent = dollar / 100 = ¢; euro = [euro] = € = eur; yen = [yen] = ¥ = jpy
     rupee = [rupee] = ₹ = inr; @alias pound = £ = gbp; @alias percent = percentage = pct; mile_per_gallon = mile / gallon = mpg
     @alias kilometer_per_hour = kmh; @alias week = wk; @alias kilogram = kilos; @alias fluid_ounce = fl_oz
     @alias degree_Celsius = C; @alias degree_Fahrenheit = F"""
@@ -408,7 +408,7 @@ def same_number(answer: Number, gold: Number) -> bool:
     return target in (value, value * percent) or (places >= 10 and abs(value - target) < near)
 
 # %% ../nbs/03_rewards.ipynb #b4619a98
-_ARGUMENT = re.compile(r"(\\(?:frac(?: ?\{[^{}]*\})?|binom|sqrt(?: ?\[[3-9]\])?)|\^) ?([A-Za-z0-9]|\\pi)(?![0-9.])")  # \sqrt2, x^2
+_ARGUMENT = re.compile(r"(\\sqrt(?: ?\[[3-9]\])?|\^) ?([A-Za-z0-9]|\\pi)(?![0-9.])")  # \sqrt2, x^2
 _NAMES = {"\\cdot": "*", "\\times": "*", "\\pi": "π", "\\frac": "φ", "\\binom": "β", "\\sqrt": "ρ2"}
 _AMBIGUOUS = re.compile(r"[^0-9A-Za-np-zπφρβ(){}+*/^.-]|[A-Za-zπ)}][0-9.]|[0-9]φ|[fghpFGHP]\(|\^(?!\{)|\^\{[^{}]*\}\^|[-+*/][-+*/]")
 
@@ -490,7 +490,7 @@ def same_values(answer: str, gold: str, places: int = 0) -> bool | None:
         a, g = numeric_value(answer, k), numeric_value(gold, k)
         if a is None or g is None:
             return None
-        near = min(0.1**places * max(1, abs(g)), abs(g) / 10**9) if places >= 10 else 1e-80 * max(1, abs(g))
+        near = min(0.1**places, abs(g) / 10**9) if places >= 10 else 1e-80 * max(1, abs(g))
         if abs(a - g) > near:
             return False
     return True
@@ -587,7 +587,7 @@ def _compare_shapes(answer: Shape, gold: Shape) -> bool | None:
         return _same_items(answer.items, gold.items)
     if kinds == ("union", "union"):
         return _same_items(answer.items, gold.items) or None  # the same set may be cut in other pieces
-    if answer.kind == gold.kind or kinds == ("list", "()"):
+    if answer.kind == gold.kind or kinds == ("list", "()") or {*kinds} == {"list", "phrase"}:
         return len(answer.items) == len(gold.items) and _all(map(compare, answer.items, gold.items))
     brackets = len(answer.kind) == 2 and (len(gold.kind) == 2 or gold.kind == "union")
     return False if brackets else None  # (0,1] for [0,1], or for a union
