@@ -136,8 +136,8 @@ def is_unreadable(text: str) -> bool:
 
 # %% ../nbs/03_rewards.ipynb #aadecca4
 _SYMBOLS = str.maketrans({
-    "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "°": r"^\circ ", "∛": r"\sqrt[3]", "≤": r"\le ", "≥": r"\ge ",
-    "≠": r"\ne ", "±": r"\pm ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ",
+    "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "°": r"^\circ ", "±": r"\pm ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∛": r"\sqrt[3]",
 })
 _SPELLINGS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": r"\frac{%s}"}
 
@@ -146,14 +146,14 @@ def _letter(match: re.Match) -> str:
     name = unicodedata.name(match[0], "")
     if unicodedata.category(match[0]) == "Pd" or name.endswith("MINUS SIGN"):
         return "-"
-    size, _, greek = name.removeprefix("GREEK ").partition(" LETTER ")
-    return f"\\{greek.title() if size == 'CAPITAL' else greek.lower()} " if greek and name[:5] == "GREEK" else match[0]
+    greek = re.fullmatch("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)", name)
+    return f"\\{greek[2].title() if greek[1] == 'CAPITAL' else greek[2].lower()} " if greek else match[0]
 
 
 def _in_ascii(text: str) -> str:
     """LaTeX for what is not ASCII, by what Unicode says of it: ½ is \\frac{1}{2}, ⁻¹ is ^{-1}, ３ is 3, – is -."""
-    plain = ""
-    for kind, run in itertools.groupby(text.replace("º", "°"), lambda char: unicodedata.decomposition(char).partition(" ")[0]):
+    plain, text = "", text.replace("º", "°")
+    for kind, run in itertools.groupby(text, lambda char: unicodedata.decomposition(char).partition(" ")[0]):
         plain += _SPELLINGS.get(kind, "%s") % unicodedata.normalize("NFKC", "".join(run)).replace("\u2044", "}{")
     return re.sub(r"[^\x00-\x7f]", _letter, plain.translate(_SYMBOLS))
 
@@ -161,23 +161,19 @@ def _in_ascii(text: str) -> str:
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
         (r"(?<!\\)\\!\s*|\\(?:left|right|displaystyle)(?![A-Za-z])", ""),  # spacing and sizes
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s", " "),
-        (r"(?:√|(?<![\\A-Za-z])sqrt|\\sqrt(?= ?\()) ?(?:\(((?:[^()]|\([^()]*\))*)\)|([0-9.]+|[A-Za-z]))", r"\\sqrt{\1\2}"),
-        ("√", r"\\sqrt "),
-        (r"\{,\}", ","), (r"\\([%$])", r"\1"),  # 1{,}000, 5\%, \$5
-        (r"\\[dtc](frac|binom)", r"\\\1"),
+        (r"√|(?<![\\A-Za-z])sqrt(?![A-Za-z])", r"\\sqrt√"),
+        (r"\\sqrt√? ?\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}"), (r"√ ?([0-9.]+|[A-Za-z])", r"{\1}"), ("√", " "),
+        (r"\{,\}", ","), (r"\\([%$])", r"\1"), (r"\\[dtc](frac|binom)", r"\\\1"),  # 1{,}000, 5\%, \$5
         (r"\{ ?([^{}]+?) ?\\choose(?![A-Za-z]) ?([^{}]+?) ?\}", r"\\binom{\1}{\2}"),
         (r"\\(frac|binom) ?([A-Za-z0-9]|\\pi(?![a-z]))", r"\\\1{\2}"),
         (r"(\\(?:frac|binom) ?\{[^{}]*\}) ?([A-Za-z0-9]|\\pi(?![a-z]))", r"\1{\2}"),
         (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"), (r"!=|\\neq(?![A-Za-z])", r"\\ne "),
         (r">=|\\geq(?![A-Za-z])", r"\\ge "), (r"<=|\\leq(?![A-Za-z])", r"\\le "),
-        (r"(?<=[0-9])i(?![A-Za-z])", " i"),
-        (r"(?<![A-Za-z\\])i ?\(", r"i \\cdot ("),  # 2i, i(2-i): a factor, not a function
+        (r"(?<=[0-9])i(?![A-Za-z])", " i"), (r"(?<![A-Za-z\\])i ?\(", r"i \\cdot ("),  # 2i, i(2-i): a factor
         (r"(?<![\\^_}A-Za-z])\{([^{}]*,[^{}]*)\}", r"\\{\1\\}"),  # {1,2} is a set
         (r"\\(?:text(?:bf|it|rm|normal)|math(?:rm|bf|it|sf)|mbox)(?![A-Za-z])", r"\\text"),
-        (r"\\text ?\{ ?(and|or|[.,;]) ?\}", r" \1 "),
-        (r"\\text ?\{([ei])\}", r" \1"),  # \mathrm{e}
-        (r"([0-9](?: ?\\text ?\{)? ?)([aApP])\.? ?[mM]\b\.?", lambda m: m[1] + m[2].lower() + "m"),  # 7 p.m.
-        (r" +", " "),
+        (r"\\text ?\{ ?(and|or|[.,;]) ?\}", r" \1 "), (r"\\text ?\{([ei])\}", r" \1"),  # \mathrm{e}
+        (r"([0-9](?: ?\\text ?\{)? ?)([aApP])\.? ?[mM]\b\.?", lambda m: m[1] + m[2].lower() + "m"), (r" +", " "),
 ]]
 
 # %% ../nbs/03_rewards.ipynb #01ca0e00
@@ -204,14 +200,11 @@ def normalise(text: str) -> str:
     return text
 
 # %% ../nbs/03_rewards.ipynb #ff64906a
-_NOT_UNITS = frozenset(
-    "or nor not to than plus minus times over by is are squared cubed factorial negative below point mod choose "
-    "base log ln exp sin cos tan sqrt root pi if maybe perhaps either but".split()
-)
+_NOT_UNITS = {*"""or nor not to than plus minus times over by is are squared cubed factorial negative below point mod
+    choose base log ln exp sin cos tan sqrt root pi if maybe perhaps either but""".split()}
 _FOLD = r"(?:doub|treb|trip|(?!co|scr)\w*up)l"
-_CHANGES = re.compile(
-    rf"hal(?:f|ves?|ved)|quarter(?:s|ed)?|scores|mio|thou|googolplex|n[ao]ught|twice|thrice|(?:m|b|tr)ils?|\w*illions?|\w*fold|{_FOLD}(?:ed|y|ing)"
-)
+_CHANGES = re.compile(rf"""hal(?:f|ves?|ved)|quarter(?:s|ed)?|scores|mio|thou|googolplex|n[ao]ught|twice|thrice
+    |(?:m|b|tr)ils?|\w*illions?|\w*fold|{_FOLD}(?:ed|y|ing)""", re.X)
 _MAY_CHANGE = re.compile(rf"{_FOLD}es?|grand|score")
 _PLURAL = re.compile("(?:s|men|people|children)$")
 
@@ -240,7 +233,7 @@ def _effect(word: str) -> str:
 
 
 def _changes_number(words: Sequence[str]) -> bool:
-    """Do words change the number before them? 4 fifths, but not 4 fifth graders; 3 twos, but not 3 two-liter bottles."""
+    """Do words change the number before them? 4 fifths, not 4 fifth graders; 3 twos, not 3 two-liter bottles."""
     for k, word in enumerate(words):
         parts, rest = word.split("-"), words[k + 1 :]
         if any(effects := [*map(_effect, parts)]):
@@ -252,10 +245,10 @@ def _changes_number(words: Sequence[str]) -> bool:
 
 # %% ../nbs/03_rewards.ipynb #d410798e
 _ATTACHED = frozenset("cm mm km kg mg ml lb oz ft hr am pm sq cu".split())
-_DEFINITIONS = """dollar = [dollar] = $ = usd = US_dollar = buck; cent = dollar / 100 = ¢; euro = [euro] = € = eur; yen = [yen] = ¥ = jpy
-    rupee = [rupee] = ₹ = inr; @alias pound = £ = gbp; @alias percent = percentage = pct; mile_per_gallon = mile / gallon = mpg
-    @alias kilometer_per_hour = kmh; @alias week = wk; @alias kilogram = kilos; @alias fluid_ounce = fl_oz
-    @alias degree_Celsius = C; @alias degree_Fahrenheit = F"""
+_DEFINITIONS = """dollar = [dollar] = $ = usd = US_dollar = buck; cent = dollar / 100 = ¢; euro = [euro] = € = eur
+    yen = [yen] = ¥ = jpy; rupee = [rupee] = ₹ = inr; @alias pound = £ = gbp; @alias percent = percentage = pct
+    mile_per_gallon = mile / gallon = mpg; @alias kilometer_per_hour = kmh; @alias week = wk; @alias kilogram = kilos
+    @alias fluid_ounce = fl_oz; @alias degree_Celsius = C; @alias degree_Fahrenheit = F"""
 
 
 @lru_cache
@@ -279,21 +272,23 @@ def _measure_name(word: str) -> str:
 _PAIR = re.compile(r"([A-Za-z]+)(?:\.? |-)(?=([A-Za-z]+))")  # fl. oz
 _PLAIN = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\text ?\{([^{}]*)\}", r" \1 "), ("%", " percent "), (r"(?<=[a-z]) squared", "^2"), (r"(?<=[a-z]) cubed", "^3"),
-    (r"\^? ?\{? ?\\circ ?\}?", " degree "), (r"(?i)\bdegrees? +([cf])(?:elsius|ahrenheit)?\b", lambda m: f"deg{m[1].upper()}"),
-    (r"\\mu *", "micro"), (r"\\Omega", "ohm"), (r"(?<=[A-Za-z]) ?\\cdot ?(?=[A-Za-z])", " "),
+    (r"\^? ?\{? ?\\circ ?\}?", " degree "), (r"(?i)\bdegrees? +c(?:elsius)?\b", "degC"), (r"\\mu *", "micro"),
+    (r"(?i)\bdegrees? +f(?:ahrenheit)?\b", "degF"), (r"\\Omega", "ohm"), (r"(?<=[A-Za-z]) ?\\cdot ?(?=[A-Za-z])", " "),
 ]]
 
-# %% ../nbs/03_rewards.ipynb #fc73e698
+
 def _is_unit(words: Sequence[str], attached: bool) -> bool:
     """Can these words be the unit of a number? 12km and 5 yd, but neither 3ab nor 5 bn, nor a bare prefix."""
     first = words[0]
-    if re.fullmatch("[kMB]|kilo|mega|giga|tera", first) or re.fullmatch("[a-z]+ed", " ".join(words)) or _changes_number(words):
+    if re.fullmatch("[kMB]|kilo|mega|giga|tera", first) or (len(words) == 1 and first.endswith("ed")):
         return False  # 5 k, 5 halved
-    if first in _ATTACHED or re.fullmatch("[A-Z]{2,}s", first) or (len(first) > 2 and not attached and re.search("[aeiouy]", first, re.I)):
-        return True
-    return bool(_measure_name(first) or first in _POWERS) and not (attached and len(first) < 3)
+    if first in _ATTACHED or re.fullmatch("[A-Z]{2,}s", first):
+        return not _changes_number(words)
+    spelt = not attached and len(first) > 2 and re.search("[aeiouy]", first, re.I)
+    known = spelt or not (attached and len(first) < 3) and (_measure_name(first) or first in _POWERS)
+    return bool(known) and not _changes_number(words)
 
-
+# %% ../nbs/03_rewards.ipynb #fc73e698
 def read_unit(unit: str) -> tuple[int, str] | None:
     """What follows a number, as (factor, unit in plain text), (1, "") for nothing; None if `unit` can be no unit."""
     if not unit or re.search(r"[+*=<>,;:&|!_\[]", unit):
@@ -302,14 +297,16 @@ def read_unit(unit: str) -> tuple[int, str] | None:
     for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
     text = _PAIR.sub(lambda m: f"{m[1]}_" if _measure_name(f"{m[1]}_{m[2]}") else m[0], text.strip())
-    while (word := re.match(r"[A-Za-z]*(?![A-Za-z-])", text)) and (multiple := _number_words()[0].get(word[0].lower().removesuffix("s"))):
-        factor, text = factor * multiple, text[word.end() :].strip().removeprefix("of ")  # 3 dozen
+    word = re.compile(r"[A-Za-z]+(?![A-Za-z-])")
+    while (found := word.match(text)) and (multiple := _number_words()[0].get(found[0].lower().removesuffix("s"))):
+        factor, text = factor * multiple, text[found.end() :].strip().removeprefix("of ")  # 3 dozen
     plain = re.sub(r"(?<=[a-z]) *\^ ?\{?-?[123]\}?", "", text)  # cm^2
     words = re.findall("[A-Za-z_]+(?:-[A-Za-z]+)*", plain)
     if not words:
         return (factor, text) if re.fullmatch("[$€£¥¢₹]?", text) else None
-    letters = "\\text" not in unit and any(len(word) == 1 and word not in "mghsLa" for word in words)  # 18 x
-    if letters or len(words) > 5 or not re.fullmatch(r"[A-Za-z_ /.()'-]*", plain) or not _is_unit(words, unit[0].isalpha()):
+    if "\\text" not in unit and any(len(word) == 1 and word not in "mghsLa" for word in words):
+        return None  # 18 x
+    if len(words) > 5 or not re.fullmatch(r"[A-Za-z_ /.()'-]*", plain) or not _is_unit(words, unit[0].isalpha()):
         return None
     return factor, "%" if _measure_name(text) == "percent" else text
 
@@ -332,7 +329,7 @@ def _measure(value: Fraction, unit: str) -> tuple[Fraction, tuple, frozenset[str
         words |= {*name.split("_")} if name else {word.lower().removesuffix("s")}
         power = 1
     try:
-        there = _pint().Quantity(value, " * ".join(f"{name}**{power}" for name, power in powers.items())).to_root_units()
+        there = _pint().Quantity(value, " * ".join(f"{name}**{n}" for name, n in powers.items())).to_root_units()
     except Exception:  # a prefix on degrees, and other things that pint refuses
         return value, (unit,), frozenset(words)
     return there.magnitude, tuple(sorted(there.unit_items())), frozenset(words)
@@ -381,19 +378,20 @@ def parse_number(text: str) -> Number | None:
         return None
     top, bottom, coin = match["part"] or match["top"], match["of"] or match["bottom"], match["coin"] or ""
     value = _fraction(top or match["base"] or match["number"])
-    if (bottom and not _fraction(bottom)) or (match["base"] and not value) or (coin.isalpha() and not _measure_name(coin)):
+    bottom = _fraction(bottom or "1")
+    if not bottom or (match["base"] and not value) or (coin.isalpha() and not _measure_name(coin)):
         return None
-    value = value ** int(match["up"] or 1) / _fraction(bottom or "1")
+    value = value ** int(match["up"] or 1) / bottom
     value = (value + _fraction(match["whole"] or "0")) * Fraction(10) ** int(match["power"] or match["exponent"] or 0)
     value = -value if (match["sign"] == "-") != (match["inner"] == "-") else value
-    computed = value.denominator == 1 and bool(bottom or (match["base"] or "10") != "10")
+    computed = value.denominator == 1 and bool(match["of"] or match["bottom"] or (match["base"] or "10") != "10")
     places = len((match["number"] or "").partition(".")[2])
     return Number(value * unit[0], f"{coin} {unit[1]}".strip(), computed, places)
 
 # %% ../nbs/03_rewards.ipynb #45940c60
 def same_number(answer: Number, gold: Number) -> bool:
-    """Are two written numbers the same answer? Exact, but for percent signs and decimals of at least ten places. Measures
-    must agree, of other units one word; a unit on one side only is ignored."""
+    """Are two written numbers the same answer? Exact, but for percent signs and decimals of ten or more places.
+    Measures must agree, of other units one word; a unit on one side only is ignored."""
     if gold.value.denominator == 1 and answer.computed and not gold.computed:
         return False
     value, target = answer.value, gold.value
@@ -410,12 +408,13 @@ def same_number(answer: Number, gold: Number) -> bool:
 # %% ../nbs/03_rewards.ipynb #b4619a98
 _ARGUMENT = re.compile(r"(\\sqrt(?: ?\[[3-9]\])?|\^) ?([A-Za-z0-9]|\\pi)(?![0-9.])")  # \sqrt2, x^2
 _NAMES = {"\\cdot": "*", "\\times": "*", "\\pi": "π", "\\frac": "φ", "\\binom": "β", "\\sqrt": "ρ2"}
-_AMBIGUOUS = re.compile(r"[^0-9A-Za-np-zπφρβ(){}+*/^.-]|[A-Za-zπ)}][0-9.]|[0-9]φ|[fghpFGHP]\(|\^(?!\{)|\^\{[^{}]*\}\^|[-+*/][-+*/]")
+_AMBIGUOUS = re.compile(r"""[^0-9A-Za-np-zπφρβ(){}+*/^.-] | [A-Za-zπ)}][0-9.] | [0-9]φ | [fghpFGHP]\(
+    | \^(?!\{) | \^\{[^{}]*\}\^ | [-+*/][-+*/]""", re.X)
 
 
 @lru_cache(maxsize=4_096)
 def _parse(text: str) -> ast.expr:
-    """Python's syntax tree of a formula, 2x\\frac{1}{y} written as '2'@x@φ['1'][y]. ValueError if it has no clear reading."""
+    """Python's syntax tree of a formula: 2x\\frac{1}{y} is read as '2'@x@φ['1'][y]. ValueError if it is ambiguous."""
     text = re.sub(r"\\sqrt ?\[([3-9])\]", r"ρ\1", _ARGUMENT.sub(r"\1{\2}", text))
     text = re.sub(r"\\[a-z]+", lambda name: _NAMES.get(name[0], "?"), text)
     text = re.sub("(?<![0-9.]) +| +(?![0-9.])", "", text)
@@ -452,12 +451,12 @@ def _power(base, exponent):
 # %% ../nbs/03_rewards.ipynb #f7665834
 def _value(node: ast.expr, k: int):
     """Value of a formula at the k-th point, where every letter is real, of either sign."""
-    precise, value = _precise(), lambda part: _value(part, k)
+    exact, value = _precise(), lambda part: _value(part, k)
     match node:
-        case ast.Constant(text): return precise.mpc(text)
-        case ast.Name("π"): return precise.mpc(precise.pi)
-        case ast.Name("e"): return precise.mpc(precise.e)
-        case ast.Name(name): return precise.mpc(1j if name == "i" else 2 * math.sin(1.7 * (k + 1) * ord(name)))
+        case ast.Constant(text): return exact.mpc(text)
+        case ast.Name("π"): return exact.mpc(exact.pi)
+        case ast.Name("e"): return exact.mpc(exact.e)
+        case ast.Name(name): return exact.mpc(1j if name == "i" else 2 * math.sin(1.7 * (k + 1) * ord(name)))
         case ast.Tuple([part]) | ast.List([part]): return value(part)
         case ast.UnaryOp(ast.USub(), part): return -value(part)
         case ast.BinOp(a, ast.Add(), b): return value(a) + value(b)
@@ -467,9 +466,9 @@ def _value(node: ast.expr, k: int):
         case ast.BinOp(a, ast.Div(), b): return _moderate(value(a) / value(b))
         case ast.Subscript(ast.Subscript(ast.Name("φ"), a), b): return _moderate(value(a) / value(b))
         case ast.BinOp(a, ast.Pow(), b): return _power(value(a), value(b))
-        case ast.Subscript(ast.Name(root), part) if root[0] == "ρ": return value(part) ** (precise.mpf(1) / int(root[1]))
-        case ast.Subscript(ast.Subscript(ast.Name("β"), n), k_) if not precise.isint(value(n)):  # else still to be computed
-            return precise.binomial(value(n), value(k_))
+        case ast.Subscript(ast.Name(name), part) if name[0] == "ρ": return value(part) ** (exact.mpf(1) / int(name[1]))
+        case ast.Subscript(ast.Subscript(ast.Name("β"), a), b) if not exact.isint(value(a)):  # or it is to be computed
+            return exact.binomial(value(a), value(b))
     raise ValueError(node)
 
 # %% ../nbs/03_rewards.ipynb #0ecba160
@@ -483,8 +482,7 @@ def numeric_value(text: str, k: int):
 
 
 def same_values(answer: str, gold: str, places: int = 0) -> bool | None:
-    """Are two normalised formulas equal at three points? None if unclear. A decimal of at least ten `places`, one of
-    theirs or of the number that was written as a formula, may stand for a number that has no finite one."""
+    """Are two normalised formulas equal at three points, decimals of ten `places` or more nearly? None if unclear."""
     places = max([places, *map(len, re.findall(r"\.([0-9]+)", f"{answer} {gold}"))])
     for k in range(3):
         a, g = numeric_value(answer, k), numeric_value(gold, k)
@@ -570,7 +568,8 @@ def compare(answer, gold) -> bool | None:
         return isinstance(answer, Number) and same_number(answer, gold)
     if isinstance(answer, str) or isinstance(gold, str):
         if isinstance(gold, Shape):
-            return gold.kind == "letter" and same_values(answer, gold.items[0]) is True if gold.kind in _TEXT_KINDS else None
+            letter = gold.kind == "letter" and same_values(answer, gold.items[0])
+            return bool(letter) if gold.kind in _TEXT_KINDS else None
         plain = isinstance(answer, Number) and answer.unit in ("", "$")
         formula, places = (str(answer.value), answer.places) if plain else (answer, 0)
         return True if answer == gold else same_values(formula, gold, places) if isinstance(formula, str) else None
@@ -588,15 +587,12 @@ def _compare_shapes(answer: Shape, gold: Shape) -> bool | None:
     if kinds == ("union", "union"):
         return _same_items(answer.items, gold.items) or None  # the same set may be cut in other pieces
     if answer.kind == gold.kind or kinds == ("list", "()") or {*kinds} == {"list", "phrase"}:
-        return len(answer.items) == len(gold.items) and _all(map(compare, answer.items, gold.items))
+        verdicts = [len(answer.items) == len(gold.items), *map(compare, answer.items, gold.items)]
+        return min(verdicts, key=(False, None, True).index)
     brackets = len(answer.kind) == 2 and (len(gold.kind) == 2 or gold.kind == "union")
     return False if brackets else None  # (0,1] for [0,1], or for a union
 
 # %% ../nbs/03_rewards.ipynb #c844d927
-def _all(verdicts: Iterable[bool | None]) -> bool | None:
-    return min(verdicts, key=(False, None, True).index, default=True)
-
-
 def _same_items(answer: tuple, gold: tuple) -> bool | None:
     """Equal as sets: every item of each has its like in the other. None if any pair needs algebra."""
     if len(answer) * len(gold) > 400:
@@ -762,8 +758,8 @@ def measure(cases: Sequence[dict]) -> dict:
     """Errors and latencies of labelled pairs, graded one by one with warm workers, and the time of one batch of all."""
     start_workers()
     graded = grade_cases(cases)
-    keys = ("pred", "gold", "accepted", "rung")
-    errors = [{key: case[key] for key in keys} for case in graded if case["accepted"] != case["equal"]]
+    wrong = [case for case in graded if case["accepted"] != case["equal"]]
+    errors = [{key: case[key] for key in ("pred", "gold", "accepted", "rung")} for case in wrong]
     rungs = sorted({case["rung"] for case in graded})
     responses = [f"</think> <answer>{case['pred']}</answer>" for case in cases]
     start = time.perf_counter()
@@ -790,10 +786,9 @@ def bench(cases: Path, out: Path = Path("results/grader/equiv_cases.json"), poli
     """Measure the grader on CASES: JSON lines with pred, gold, equal and, if any, policy (only those of POLICY)."""
     lines = [json.loads(line) for line in cases.read_text().splitlines() if line.strip()]
     result = measure([line for line in lines if line.get("policy", "") == policy])
-    packages = ["math-verify", "latex2sympy2_extended", "sympy"]
     result |= {"cases": cases.name, "policy": policy, "date": time.strftime("%Y-%m-%d"), "cpus": cpu_count(),
                "python": platform.python_version(), "load": os.getloadavg()[0],
-               "versions": {name: version(name) for name in packages}}
+               "versions": {name: version(name) for name in ("math-verify", "latex2sympy2_extended", "sympy")}}
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")

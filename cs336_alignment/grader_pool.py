@@ -47,8 +47,7 @@ def _differ(a, b) -> bool:
         return a != b and any(all(_differ(x, y) for y in b.boundary) for x in a.boundary)
     if not (isinstance(a, Expr) and isinstance(b, Expr)):
         return False
-    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    point = {symbol: k + 3 for k, symbol in enumerate(symbols)}
+    point = {symbol: k for k, symbol in enumerate(sorted(a.free_symbols | b.free_symbols, key=str), 3)}
     difference, *sizes = (abs(x.subs(point).evalf(100)) for x in (a - b, a, b))
     near = 1e-9 if a.has(Float) or b.has(Float) else 1e-60
     return bool(difference.is_number and any(difference > near * size for size in sizes))
@@ -59,11 +58,9 @@ def _check_values() -> None:
     """Let math-verify call equal only what has equal values: it rounds to six decimals, and simplify to doubles."""
     from math_verify import grader
 
-    def checked(same):
-        return lambda a, b, *precision: same(a, b, *precision) and not _differ(a, b)
-
     for name in ("sympy_numeric_eq", "sympy_symbolic_eq", "sympy_compare_sets"):
-        setattr(grader, name, checked(getattr(grader, name)))
+        same = getattr(grader, name)
+        setattr(grader, name, lambda a, b, *precision, same=same: same(a, b, *precision) and not _differ(a, b))
 
 # %% ../nbs/E1_grading_in_processes.ipynb #5d995d4a
 def same_by_algebra(answer: str, gold: str) -> bool:
