@@ -137,7 +137,7 @@ def is_unreadable(text: str) -> bool:
 # %% ../nbs/03_rewards.ipynb #aadecca4
 _SYMBOLS = str.maketrans({
     "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "°": r"^\circ ", "±": r"\pm ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∛": r"\sqrt[3]",
+    "∛": r"\sqrt[3]", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ",
 })
 _SPELLINGS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": r"\frac{%s}"}
 
@@ -161,7 +161,8 @@ def _in_ascii(text: str) -> str:
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
         (r"(?<!\\)\\!\s*|\\(?:left|right|displaystyle)(?![A-Za-z])", ""),  # spacing and sizes
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s", " "),
-        (r"√|(?<![\\A-Za-z])sqrt(?![A-Za-z])", r"\\sqrt√"),
+        (r"√|(?<![\\A-Za-z])sqrt(?![A-Za-z])", r"\\sqrt√"), (r"\^ ?\(([^()]*)\)", r"^{\1}"),
+        (r"(?<![\\A-Za-z])(pi|(?:sin|cos|tan|ln|log)(?= ?[(_^]))(?![A-Za-z])", r"\\\1 "),
         (r"\\sqrt√? ?\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}"), (r"√ ?([0-9.]+|[A-Za-z])", r"{\1}"), ("√", " "),
         (r"\{,\}", ","), (r"\\([%$])", r"\1"), (r"\\[dtc](frac|binom)", r"\\\1"),  # 1{,}000, 5\%, \$5
         (r"\{ ?([^{}]+?) ?\\choose(?![A-Za-z]) ?([^{}]+?) ?\}", r"\\binom{\1}{\2}"),
