@@ -229,7 +229,7 @@ def _effect(word: str) -> str:
     if word in ordinals or _MAY_CHANGE.fullmatch(word):
         return "may change"
     stems = {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}
-    known = stems & (multiples.keys() | cardinals | ordinals | _NOT_UNITS)
+    known = word != "ones" and stems & (multiples.keys() | cardinals | ordinals)
     return "changes" if known or _CHANGES.fullmatch(word) else ""
 
 
@@ -242,7 +242,7 @@ def _changes_number(words: Sequence[str]) -> bool:
             counted = "" in map(_effect, things) or ("" in effects and "" in map(_effect, rest))
             if not counted or rest[:1] == ["of"] or ("changes" in effects and "" not in effects):
                 return True
-    return words[:1] == ["of"]
+    return words[0] == "of" or not _NOT_UNITS.isdisjoint(map(str.lower, words))
 
 # %% ../nbs/03_rewards.ipynb #d410798e
 _ATTACHED = frozenset("cm mm km kg mg ml lb oz ft hr am pm sq cu".split())
@@ -281,13 +281,12 @@ _PLAIN = [(re.compile(pattern), replacement) for pattern, replacement in [
 def _is_unit(words: Sequence[str], attached: bool) -> bool:
     """Can these words be the unit of a number? 12km and 5 yd, but neither 3ab nor 5 bn, nor a bare prefix."""
     first = words[0]
-    if re.fullmatch("[kMB]|kilo|mega|giga|tera", first) or (len(words) == 1 and first.endswith("ed")):
-        return False  # 5 k, 5 halved
+    if re.fullmatch("[kMB]|kilo|mega|giga|tera", first) or _changes_number(words):
+        return False
     if first in _ATTACHED or re.fullmatch("[A-Z]{2,}s", first):
-        return not _changes_number(words)
-    spelt = not attached and len(first) > 2 and re.search("[aeiouy]", first, re.I)
-    known = spelt or not (attached and len(first) < 3) and (_measure_name(first) or first in _POWERS)
-    return bool(known) and not _changes_number(words)
+        return True
+    spelt = not attached and max(map(len, words)) > 2 and re.search("[aeiouy]", first, re.I)
+    return bool(spelt or not (attached and len(first) < 3) and (_measure_name(first) or first in _POWERS))
 
 # %% ../nbs/03_rewards.ipynb #fc73e698
 def read_unit(unit: str) -> tuple[int, str] | None:
