@@ -137,7 +137,8 @@ def is_unreadable(text: str) -> bool:
 # %% ../nbs/03_rewards.ipynb #aadecca4
 _SYMBOLS = str.maketrans({
     "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "°": r"^\circ ", "±": r"\pm ",
-    "∛": r"\sqrt[3]", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
+    "∅": r"\emptyset ", "∛": r"\sqrt[3]",
 })
 _SPELLINGS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": r"\frac{%s}"}
 
@@ -297,9 +298,9 @@ def read_unit(unit: str) -> tuple[int, str] | None:
     for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
     text = _PAIR.sub(lambda m: f"{m[1]}_" if _measure_name(f"{m[1]}_{m[2]}") else m[0], text.strip())
-    word = re.compile(r"[A-Za-z]+(?![A-Za-z-])")
-    while (found := word.match(text)) and (multiple := _number_words()[0].get(found[0].lower().removesuffix("s"))):
-        factor, text = factor * multiple, text[found.end() :].strip().removeprefix("of ")  # 3 dozen
+    stem = re.compile("([a-z]+?)s?(?![a-z-])", re.I)
+    while factor < 10**99 and (word := stem.match(text)) and (multiple := _number_words()[0].get(word[1].lower())):
+        factor, text = factor * multiple, text[word.end() :].strip().removeprefix("of ")  # 3 dozen
     plain = re.sub(r"(?<=[a-z]) *\^ ?\{?-?[123]\}?", "", text)  # cm^2
     words = re.findall("[A-Za-z_]+(?:-[A-Za-z]+)*", plain)
     if not words:
@@ -456,7 +457,8 @@ def _value(node: ast.expr, k: int):
         case ast.Constant(text): return exact.mpc(text)
         case ast.Name("π"): return exact.mpc(exact.pi)
         case ast.Name("e"): return exact.mpc(exact.e)
-        case ast.Name(name): return exact.mpc(1j if name == "i" else 2 * math.sin(1.7 * (k + 1) * ord(name)))
+        case ast.Name("i"): return exact.mpc(1j)
+        case ast.Name(name) if name.isascii(): return exact.mpc(2 * math.sin(1.7 * (k + 1) * ord(name)))
         case ast.Tuple([part]) | ast.List([part]): return value(part)
         case ast.UnaryOp(ast.USub(), part): return -value(part)
         case ast.BinOp(a, ast.Add(), b): return value(a) + value(b)

@@ -517,6 +517,16 @@ SHELLS = ["()", "[]", "{}", (r"\{", r"\}"), (r"\left(", r"\right)"), (r"\langle"
           ("(1,", ")"), ("(", ",1)"), ("x^{", "}"), (r"\begin{pmatrix}", r"\end{pmatrix}"), ("-(", ")"), (r"\binom{", "}{2}"), (r"\text{", "}")]
 
 
+@pytest.mark.parametrize("scrap", ["√", "sqrt", r"\frac", r"\binom", "x√", "√ ", "^", "⁻¹", r"5 \frac", "½√"])
+def test_scraps_of_formulas(scrap):
+    assert not within_a_second(scrap, "x+1") and not within_a_second("x+1", scrap) and not within_a_second(f"5 {scrap}", "5")
+
+
+def test_googols_of_googols():
+    for gold in ("x+1", "5", r"\{x, 1\}", "5 " + "googol " * 50):
+        assert not within_a_second("5 " + "googol " * 100, gold)
+
+
 @pytest.mark.parametrize("left, right", SHELLS)
 @pytest.mark.parametrize("depth", [41, 400, 20_000])
 def test_nesting_never_raises(left, right, depth):
@@ -534,7 +544,7 @@ def test_golds_of_any_length(gold):
 
 PIECES = [" ", "\n", "\x00", "\ud800", "٣", "9" * 50, "1" * 1_500, *r"""( ) [ ] { } \{ \} \left( \right) \langle \rangle | , ; & \\ \frac
     \frac{ }{ \sqrt \sqrt[ \binom{ \begin{pmatrix} \end{pmatrix} ^ _ ^{ _{ + - * / = < \in \cup \infty \pi \text{ \mathrm{ \circ \overline{ \pm ! %
-    $ € . : ' 0 1 7 10 99999 1e9 0.5 ½ – ² √ é x y i e o AB cm ft mdB yottacelsius per square degrees F p.m. dollars tenths dozen and or by \sin \ln
+    $ € . : ' 0 1 7 10 99999 1e9 0.5 ½ – ² √ é x y i e o AB cm ft mdB yottacelsius per square degrees F p.m. dollars tenths dozen googol third two-liter mpg USD of pi sqrt log ⁻¹ √ ３ µ 2^{-9} 10^ and or by \sin \ln
     \boxed{ </answer> <answer>""".split()]
 PIECE = st.sampled_from(PIECES)
 TEXT = st.one_of(st.text(max_size=300), st.lists(PIECE, max_size=50).map("".join), st.builds(str.__mul__, PIECE, st.integers(1, 5_000)),
