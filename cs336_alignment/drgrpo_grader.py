@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['MAX_CHARS', 'MAX_DEPTH', 'REWARD_FNS', 'app', 'boxed_answer', 'read_r1_zero', 'read_question_only', 'read_golds',
-           'split', 'is_one_group', 'nesting', 'is_unreadable', 'normalise', 'read_unit', 'same_unit', 'Number',
-           'parse_number', 'same_number', 'numeric_value', 'same_values', 'Shape', 'view', 'compare', 'is_suspect',
-           'split_name', 'decide', 'same_answer', 'r1_zero_reward_fn', 'question_only_reward_fn', 'grade_batch',
-           'reward_fn_of', 'quantiles', 'grade_cases', 'measure', 'commands', 'bench']
+           'split', 'is_one_group', 'nesting', 'is_unreadable', 'normalise', 'read_unit', 'Number', 'parse_number',
+           'same_number', 'numeric_value', 'same_values', 'Shape', 'view', 'compare', 'is_suspect', 'split_name',
+           'decide', 'same_answer', 'r1_zero_reward_fn', 'question_only_reward_fn', 'grade_batch', 'reward_fn_of',
+           'quantiles', 'grade_cases', 'measure', 'commands', 'bench']
 
 # %% ../nbs/03_rewards.ipynb #b3916d2e
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
+import ast
 import itertools
 import json
 import math
@@ -134,41 +135,47 @@ def is_unreadable(text: str) -> bool:
     return len(text) > MAX_CHARS or brackets > MAX_DEPTH < nesting(text)
 
 # %% ../nbs/03_rewards.ipynb #aadecca4
-_SYMBOLS = {
-    "π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ",
-    "∪": r"\cup ", "²": "^2", "³": "^3", "√": r"\sqrt ",
-}
+_SYMBOLS = str.maketrans({
+    "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "°": r"^\circ ", "±": r"\pm ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
+    "∅": r"\emptyset ", "∛": r"\sqrt[3]",
+})
+_SPELLINGS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": r"\frac{%s}"}
 
 
-def _in_ascii(match: re.Match) -> str:
-    """A LaTeX spelling of one character, if there is one: any dash is a minus, ½ is 1/2."""
-    name = unicodedata.name(char := match[0], "")
-    if unicodedata.category(char) == "Pd" or name.endswith("MINUS SIGN"):
+def _letter(match: re.Match) -> str:
+    name = unicodedata.name(match[0], "")
+    if unicodedata.category(match[0]) == "Pd" or name.endswith("MINUS SIGN"):
         return "-"
-    if name.startswith("VULGAR FRACTION"):
-        return f" {unicodedata.normalize('NFKC', char).replace(chr(0x2044), '/')} "  # 2½ is 2 1/2
-    return _SYMBOLS.get(char, char)
+    greek = re.fullmatch("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)", name)
+    return f"\\{greek[2].title() if greek[1] == 'CAPITAL' else greek[2].lower()} " if greek else match[0]
+
+
+def _in_ascii(text: str) -> str:
+    """LaTeX for what is not ASCII, by what Unicode says of it: ½ is \\frac{1}{2}, ⁻¹ is ^{-1}, ３ is 3, – is -."""
+    plain, text = "", text.replace("º", "°")
+    for kind, run in itertools.groupby(text, lambda char: unicodedata.decomposition(char).partition(" ")[0]):
+        plain += _SPELLINGS.get(kind, "%s") % unicodedata.normalize("NFKC", "".join(run)).replace("\u2044", "}{")
+    return re.sub(r"[^\x00-\x7f]", _letter, plain.translate(_SYMBOLS))
 
 # %% ../nbs/03_rewards.ipynb #40937aaa
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
         (r"(?<!\\)\\!\s*|\\(?:left|right|displaystyle)(?![A-Za-z])", ""),  # spacing and sizes
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s", " "),
-        (r"\{,\}", ","), (r"\\([%$])", r"\1"),  # 1{,}000, 5\%, \$5
-        (r"\\[dtc](frac|binom)", r"\\\1"),
+        (r"√|(?<![\\A-Za-z])sqrt(?![A-Za-z])", r"\\sqrt√"), (r"\^ ?\(([^()]*)\)", r"^{\1}"),
+        (r"(?<![\\A-Za-z])(pi|(?:sin|cos|tan|ln|log)(?= ?[(_^]))(?![A-Za-z])", r"\\\1 "),
+        (r"\\sqrt√? ?\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}"), (r"√ ?([0-9.]+|[A-Za-z])", r"{\1}"), ("√", " "),
+        (r"\{,\}", ","), (r"\\([%$])", r"\1"), (r"\\[dtc](frac|binom)", r"\\\1"),  # 1{,}000, 5\%, \$5
         (r"\{ ?([^{}]+?) ?\\choose(?![A-Za-z]) ?([^{}]+?) ?\}", r"\\binom{\1}{\2}"),
-        (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
-        (r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),
-        (r"(\\frac ?\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
+        (r"\\(frac|binom) ?([A-Za-z0-9]|\\pi(?![a-z]))", r"\\\1{\2}"),
+        (r"(\\(?:frac|binom) ?\{[^{}]*\}) ?([A-Za-z0-9]|\\pi(?![a-z]))", r"\1{\2}"),
         (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"), (r"!=|\\neq(?![A-Za-z])", r"\\ne "),
         (r">=|\\geq(?![A-Za-z])", r"\\ge "), (r"<=|\\leq(?![A-Za-z])", r"\\le "),
-        (r"(?<=[0-9])i(?![A-Za-z])", " i"),
-        (r"(?<![A-Za-z\\])i ?\(", r"i \\cdot ("),  # 2i, i(2-i): a factor, not a function
+        (r"(?<=[0-9])i(?![A-Za-z])", " i"), (r"(?<![A-Za-z\\])i ?\(", r"i \\cdot ("),  # 2i, i(2-i): a factor
         (r"(?<![\\^_}A-Za-z])\{([^{}]*,[^{}]*)\}", r"\\{\1\\}"),  # {1,2} is a set
         (r"\\(?:text(?:bf|it|rm|normal)|math(?:rm|bf|it|sf)|mbox)(?![A-Za-z])", r"\\text"),
-        (r"\\text ?\{ ?(and|or|[.,;]) ?\}", r" \1 "),
-        (r"\\text ?\{([ei])\}", r" \1"),  # \mathrm{e}
-        (r"([0-9](?: ?\\text ?\{)? ?)([aApP])\.? ?[mM]\b\.?", lambda m: m[1] + m[2].lower() + "m"),  # 7 p.m.
-        (r" +", " "),
+        (r"\\text ?\{ ?(and|or|[.,;]) ?\}", r" \1 "), (r"\\text ?\{([ei])\}", r" \1"),  # \mathrm{e}
+        (r"([0-9](?: ?\\text ?\{)? ?)([aApP])\.? ?[mM]\b\.?", lambda m: m[1] + m[2].lower() + "m"), (r" +", " "),
 ]]
 
 # %% ../nbs/03_rewards.ipynb #01ca0e00
@@ -181,7 +188,7 @@ _LEAD = re.compile(r"^(?:the )?(?:final )?answer(?: is)? ?[:=]? ", re.I)
 @lru_cache(maxsize=65_536)
 def normalise(text: str) -> str:
     """One spelling for the common ways to write the same LaTeX. Never a change of meaning."""
-    text = text.strip() if text.isascii() else re.sub(r"[^\x00-\x7f]", _in_ascii, text.strip())
+    text = text.strip() if text.isascii() else _in_ascii(text.strip())
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text) if pattern.search(text) else text  # a search costs a fifth of a sub
     text = _LEAD.sub("", text.strip())
@@ -195,121 +202,138 @@ def normalise(text: str) -> str:
     return text
 
 # %% ../nbs/03_rewards.ipynb #ff64906a
-_NOT_UNITS = frozenset(
-    "or nor not to than plus minus times over by of is are squared cubed factorial negative below point mod choose "
-    "base log ln exp sin cos tan sqrt root pi if maybe perhaps either but".split()
-)
-_MULTIPLE = re.compile(
-    r"(?:half|halve|quarter|dozen|score|gross|grand|mil|mio|thou|twice|thrice|\w*fold|\w*illion(?:th)?"
-    r"|(?:doub|treb|trip|\w*up)l(?:e|y|ing)?)(?:s|d|ed)?"
-)
+_NOT_UNITS = {*"""or nor not to than plus minus times over by is are squared cubed factorial negative below point mod
+    choose base log ln exp sin cos tan sqrt root pi if maybe perhaps either but""".split()}
+_FOLD = r"(?:doub|treb|trip|(?!co|scr)\w*up)l"
+_CHANGES = re.compile(rf"""hal(?:f|ves?|ved)|quarter(?:s|ed)?|scores|mio|thou|googolplex|n[ao]ught|twice|thrice
+    |(?:m|b|tr)ils?|\w*illions?|\w*fold|{_FOLD}(?:ed|y|ing)""", re.X)
+_MAY_CHANGE = re.compile(rf"{_FOLD}es?|grand|score")
+_PLURAL = re.compile("(?:s|men|people|children)$")
 
 # %% ../nbs/03_rewards.ipynb #ffe2b21a
 @lru_cache
-def _number_words() -> frozenset[str]:
-    """Cardinals and ordinals as num2words spells them, lakh and crore among them; not the second, which is a unit."""
+def _number_words() -> tuple[dict[str, int], frozenset[str], frozenset[str]]:
+    """(multiples with their values, cardinals, ordinals) as num2words spells them; the second is a unit."""
     from num2words import num2words
 
-    numbers = [*range(101), 10**3, 10**5, 10**7]
-    texts = [num2words(n, lang="en_IN", to=to) for n in numbers for to in ("cardinal", "ordinal")]
-    return frozenset(re.findall("[a-z]+", " ".join(texts))) - {"second"}
-
-
-@lru_cache(maxsize=4_096)
-def _changes_number(word: str) -> bool:
-    word = word.lower()
-    stems = {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}
-    return word in _NOT_UNITS or bool(stems & _number_words() or _MULTIPLE.fullmatch(word))
+    multiples = {num2words(10**k).split()[1]: 10**k for k in (2, *range(3, 66, 3))}
+    multiples |= dict(dozen=12, gross=144, myriad=10**4, lakh=10**5, lac=10**5, crore=10**7, googol=10**100)
+    small = [" ".join(num2words(n, to=to) for n in range(101)) for to in ("cardinal", "ordinal")]
+    cardinals, ordinals = (frozenset(re.findall("[a-z]+", text)) for text in small)
+    return multiples, cardinals, (ordinals - cardinals - {"second"}) | {f"{word}th" for word in multiples}
 
 # %% ../nbs/03_rewards.ipynb #58074aeb
-_ALIASES = {"percent": "%", "percentage": "%", "pct": "%", "$": "dollar", "usd": "dollar", "€": "euro", "eur": "euro",
-            "£": "pound", "gbp": "pound", "¥": "yen", "jpy": "yen", "¢": "cent"}
-_ATTACHED = frozenset([*"cm mm km kg mg ml lb oz ft hr am pm sq cu".split(), *_ALIASES.values()])
+@lru_cache(maxsize=4_096)
+def _effect(word: str) -> str:
+    """Of a word after a number: "changes" it, "may change" it (unless it describes what is counted), or ""."""
+    word, (multiples, cardinals, ordinals) = word.lower(), _number_words()
+    if word in ordinals or _MAY_CHANGE.fullmatch(word):
+        return "may change"
+    stems = {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}
+    known = word != "ones" and stems & (multiples.keys() | cardinals | ordinals)
+    return "changes" if known or _CHANGES.fullmatch(word) else ""
 
 
-def _stem(word: str) -> str:
-    stem = word.lower().removesuffix("s") or word
-    return _ALIASES.get(stem, stem)
+def _changes_number(words: Sequence[str]) -> bool:
+    """Do words change the number before them? 4 fifths, not 4 fifth graders; 3 twos, not 3 two-liter bottles."""
+    for k, word in enumerate(words):
+        parts, rest = word.split("-"), words[k + 1 :]
+        if any(effects := [*map(_effect, parts)]):
+            things = [thing for thing in [parts[-1], *rest] if _PLURAL.search(thing) and not _measure_name(thing)]
+            counted = "" in map(_effect, things) or ("" in effects and "" in map(_effect, rest))
+            if not counted or rest[:1] == ["of"] or ("changes" in effects and "" not in effects):
+                return True
+    return words[0] == "of" or not _NOT_UNITS.isdisjoint(map(str.lower, words))
 
 # %% ../nbs/03_rewards.ipynb #d410798e
+_ATTACHED = frozenset("cm mm km kg mg ml lb oz ft hr am pm sq cu".split())
+_DEFINITIONS = """dollar = [dollar] = $ = usd = US_dollar = buck; cent = dollar / 100 = ¢; euro = [euro] = € = eur
+    yen = [yen] = ¥ = jpy; rupee = [rupee] = ₹ = inr; @alias pound = £ = gbp; @alias percent = percentage = pct
+    mile_per_gallon = mile / gallon = mpg; @alias kilometer_per_hour = kmh; @alias week = wk; @alias kilogram = kilos
+    @alias fluid_ounce = fl_oz; @alias degree_Celsius = C; @alias degree_Fahrenheit = F"""
+
+
 @lru_cache
 def _pint():
     import pint
 
-    registry = pint.UnitRegistry()
-    registry.define("@alias kilometer_per_hour = kmh")
-    registry.define("@alias week = wk")
+    registry = pint.UnitRegistry(non_int_type=Fraction)
+    registry.load_definitions(re.split("; |\n +", _DEFINITIONS))
     return registry
 
 
 @lru_cache(maxsize=4_096)
 def _measure_name(word: str) -> str:
-    """pint's name for a unit of measurement; "" if it knows none of that name."""
+    """pint's name for a unit of measurement; "" if it knows none of that name. Attobarns (ab) are not for us."""
     known = _pint().parse_unit_name
-    names = known(word) or known(word.lower()) if len(word) <= 20 else ()
-    return "".join(names[0][:2]) if names else ""
+    names = known(word) or known(word.lower()) or known(re.sub("(?<=^..)s$", "", word)) if len(word) <= 20 else ()
+    prefixes = ("", "kilo", "centi", "milli", "micro", "nano", "mega", "giga", "tera", "deci")
+    return next((prefix + name for prefix, name, _ in names if prefix in prefixes), "")
 
 # %% ../nbs/03_rewards.ipynb #d93525cc
+_PAIR = re.compile(r"([A-Za-z]+)(?:\.? |-)(?=([A-Za-z]+))")  # fl. oz
 _PLAIN = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\text ?\{([^{}]*)\}", r" \1 "), ("%", " percent "), (r"(?<=[a-z]) squared", "^2"), (r"(?<=[a-z]) cubed", "^3"),
-    (r"\^? ?\{? ?\\circ ?\}?", " degree "), (r"(?i)\bdegrees? +c(?:elsius)?\b", "degC"),
-    (r"(?i)\bdegrees? +f(?:ahrenheit)?\b", "degF"),
+    (r"\^? ?\{? ?\\circ ?\}?", " degree "), (r"(?i)\bdegrees? +c(?:elsius)?\b", "degC"), (r"\\mu *", "micro"),
+    (r"(?i)\bdegrees? +f(?:ahrenheit)?\b", "degF"), (r"\\Omega", "ohm"), (r"(?<=[A-Za-z]) ?\\cdot ?(?=[A-Za-z])", " "),
 ]]
 
+
+def _is_unit(words: Sequence[str], attached: bool) -> bool:
+    """Can these words be the unit of a number? 12km and 5 yd, but neither 3ab nor 5 bn, nor a bare prefix."""
+    first = words[0]
+    if re.fullmatch("[kMB]|kilo|mega|giga|tera", first) or _changes_number(words):
+        return False
+    if first in _ATTACHED or re.fullmatch("[A-Z]{2,}s", first):
+        return True
+    spelt = not attached and max(map(len, words)) > 2 and re.search("[aeiouy]", first, re.I)
+    return bool(spelt or not (attached and len(first) < 3) and (_measure_name(first) or first in _POWERS))
+
 # %% ../nbs/03_rewards.ipynb #fc73e698
-def read_unit(unit: str) -> str | None:
-    """The unit that follows a number, as plain text ("" for none), or None if `unit` can be no unit."""
+def read_unit(unit: str) -> tuple[int, str] | None:
+    """What follows a number, as (factor, unit in plain text), (1, "") for nothing; None if `unit` can be no unit."""
     if not unit or re.search(r"[+*=<>,;:&|!_\[]", unit):
-        return None if unit else ""
-    text = unit
+        return None if unit else (1, "")
+    factor, text = 1, unit
     for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
-    if re.fullmatch(" *[$€£¥¢]? *", text):
-        return text.strip()
+    text = _PAIR.sub(lambda m: f"{m[1]}_" if _measure_name(f"{m[1]}_{m[2]}") else m[0], text.strip())
+    stem = re.compile("([a-z]+?)s?(?![a-z-])", re.I)
+    while factor < 10**99 and (word := stem.match(text)) and (multiple := _number_words()[0].get(word[1].lower())):
+        factor, text = factor * multiple, text[word.end() :].strip().removeprefix("of ")  # 3 dozen
     plain = re.sub(r"(?<=[a-z]) *\^ ?\{?-?[123]\}?", "", text)  # cm^2
-    words = re.findall("[A-Za-z]+", plain)
-    if not 0 < len(words) <= 5 or not re.fullmatch(r"[A-Za-z /.()'-]*", plain) or any(map(_changes_number, words)):
-        return None
-    if words[0] in ("k", "M", "B") or (len(words) == 1 and words[0].endswith("ed")):
-        return None  # 5 thousand, 5 halved
+    words = re.findall("[A-Za-z_]+(?:-[A-Za-z]+)*", plain)
+    if not words:
+        return (factor, text) if re.fullmatch("[$€£¥¢₹]?", text) else None
     if "\\text" not in unit and any(len(word) == 1 and word not in "mghsLa" for word in words):
         return None  # 18 x
-    if (unit[0].isalpha() or not re.search("[aeiouy]", words[0], re.I)) and _stem(words[0]) not in _ATTACHED:
-        if unit[0].isalpha() and len(words[0]) < 3 or not _measure_name(words[0]):
-            return None  # 12km and 5 yd, but neither 3ab nor 5 bn
-    return "%" if _stem(text.strip()) == "%" else text.strip()
+    if len(words) > 5 or not re.fullmatch(r"[A-Za-z_ /.()'-]*", plain) or not _is_unit(words, unit[0].isalpha()):
+        return None
+    return factor, "%" if _measure_name(text) == "percent" else text
 
 # %% ../nbs/03_rewards.ipynb #8246b407
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3} | dict.fromkeys(["/", "per", "a", "an", "each", "every"], -1)
 
 
 @lru_cache(maxsize=4_096)
-def _measure(unit: str) -> tuple[tuple, frozenset[str]]:
-    """A unit as (factor and root units of what pint knows in it, all of its words)."""
+def _measure(value: Fraction, unit: str) -> tuple[Fraction, tuple, frozenset[str]]:
+    """A number in the root units of what pint knows in its unit, these (empty if it knows nothing), and all words."""
     powers, words, power = {}, set(), 1
-    for word, exponent in re.findall(r"([A-Za-z]+|[/$€£¥¢%])(?: *\^ ?\{?(-?[123]))?", unit):
+    for word, exponent in re.findall(r"([A-Za-z_]+|[/$€£¥¢₹%])(?: *\^ ?\{?(-?[123]))?", unit):
         if word in _POWERS:
             power *= _POWERS[word]
             continue
         noise = words and power == 1 and len(word) == 2 and word.islower()  # 18 feet in total
-        name = "" if noise or _stem(word) in _ALIASES.values() else _measure_name(word)
-        if name not in ("", "degree"):
+        name = "" if noise else _measure_name(word)
+        if name not in ("", "degree") and (power < 0 or name not in powers):
             powers[name] = powers.get(name, 0) + power * int(exponent or 1)
-        words |= {*name.split("_")} if name else {_stem(word)}
+        words |= {*name.split("_")} if name else {word.lower().removesuffix("s")}
         power = 1
     try:
-        factor, root = _pint().get_root_units(" * ".join(f"{name}**{power}" for name, power in powers.items()))
+        there = _pint().Quantity(value, " * ".join(f"{name}**{n}" for name, n in powers.items())).to_root_units()
     except Exception:  # a prefix on degrees, and other things that pint refuses
-        return (unit,), frozenset(words)
-    return (f"{factor:.9g}", str(root)) if powers else (), frozenset(words)
-
-# %% ../nbs/03_rewards.ipynb #d2c9f339
-def same_unit(a: str, b: str) -> bool:
-    """May two units be the same? True if either is missing; measures must agree, of other words one."""
-    if not a or not b or a == b:
-        return True
-    (measure, words), (other, other_words) = _measure(a), _measure(b)
-    return measure == other if measure and other else bool(words & other_words)
+        return value, (unit,), frozenset(words)
+    return there.magnitude, tuple(sorted(there.unit_items())), frozenset(words)
 
 # %% ../nbs/03_rewards.ipynb #65bd5e04
 _INT = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:[ ][0-9]{3})+|[0-9]+)"
@@ -317,9 +341,10 @@ _NUM = rf"(?:{_INT}(?:\.[0-9]*)?|\.[0-9]+)"
 _FRACTION = re.compile(rf"\\frac ?(?:\{{ ?(-?{_NUM}) ?\}}|([0-9])) ?(?:\{{ ?(-?{_NUM}) ?\}}|([0-9]))")
 _REPEATING = re.compile(r"([0-9]{0,20})\.([0-9]{0,20})\\overline ?\{([0-9]{1,20})\}")
 _LITERAL = re.compile(
-    rf"""(?P<sign>[-+]?)\ ?(?:(?P<coin>[$€£¥])\ ?(?P<inner>-?))?
+    rf"""(?P<sign>[-+]?)\ ?(?:(?:US\ ?(?=\$))?(?P<coin>[$€£¥₹]|[A-Z]{{3}}(?=\ ?[0-9]))\ ?(?P<inner>-?))?
     (?:(?P<whole>{_INT})\ +(?P<part>[0-9]+)\ ?/\ ?(?P<of>[0-9]+)(?![0-9.])             # 1 3/4
       |(?P<top>-?{_NUM})\ ?/\ ?(?P<bottom>-?{_NUM})                                    # 3/4
+      |(?P<base>[0-9]{{1,6}})\ ?\^\ ?\{{?\ ?(?P<up>[-+]?[0-9]{{1,2}})\ ?\}}?(?![0-9])       # 10^{{-6}}
       |(?P<number>{_NUM})(?:\ ?(?:\\times|\\cdot|\*)\ ?10\ ?\^\ ?\{{?(?P<power>[-+]?[0-9]{{1,2}})\}}?
                            |[eE](?P<exponent>[-+]?[0-9]{{1,2}}))?)                     # 18, 1.2 \times 10^{{-2}}, 1e3
     (?P<unit>.*)""",
@@ -328,7 +353,7 @@ _LITERAL = re.compile(
 
 
 class Number(NamedTuple):
-    """An exact number as written: `computed`: a fraction that hides an integer (36/2)."""
+    """An exact number as written: `computed`: a fraction or a power that hides an integer (36/2, 2^5)."""
 
     value: Fraction
     unit: str
@@ -347,148 +372,128 @@ def _repeating(match: re.Match) -> str:
 
 # %% ../nbs/03_rewards.ipynb #142ff4df
 def parse_number(text: str) -> Number | None:
-    """The rational number that normalised `text` writes, or None. No arithmetic but one fraction bar."""
-    text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
+    """The rational number that normalised `text` writes, or None. No arithmetic but one fraction bar or power."""
+    text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", text)
     match = _LITERAL.fullmatch(_REPEATING.sub(_repeating, text).strip())
     if not match or (unit := read_unit(match["unit"])) is None:
         return None
-    top, bottom = match["part"] or match["top"], match["of"] or match["bottom"]
-    if bottom and not _fraction(bottom):
+    top, bottom, coin = match["part"] or match["top"], match["of"] or match["bottom"], match["coin"] or ""
+    value = _fraction(top or match["base"] or match["number"])
+    bottom = _fraction(bottom or "1")
+    if not bottom or (match["base"] and not value) or (coin.isalpha() and not _measure_name(coin)):
         return None
-    value = _fraction(top) / _fraction(bottom) if bottom else _fraction(match["number"])
+    value = value ** int(match["up"] or 1) / bottom
     value = (value + _fraction(match["whole"] or "0")) * Fraction(10) ** int(match["power"] or match["exponent"] or 0)
     value = -value if (match["sign"] == "-") != (match["inner"] == "-") else value
-    unit = f"{match['coin'] or ''} {unit}".strip()
-    return Number(value, unit, bool(bottom) and value.denominator == 1, len((match["number"] or "").partition(".")[2]))
+    computed = value.denominator == 1 and bool(match["of"] or match["bottom"] or (match["base"] or "10") != "10")
+    places = len((match["number"] or "").partition(".")[2])
+    return Number(value * unit[0], f"{coin} {unit[1]}".strip(), computed, places)
 
 # %% ../nbs/03_rewards.ipynb #45940c60
 def same_number(answer: Number, gold: Number) -> bool:
-    """Are two written numbers the same answer? Exact, but for percent signs and decimals of at least ten places."""
+    """Are two written numbers the same answer? Exact, but for percent signs and decimals of ten or more places.
+    Measures must agree, of other units one word; a unit on one side only is ignored."""
     if gold.value.denominator == 1 and answer.computed and not gold.computed:
         return False
-    if not same_unit(answer.unit, gold.unit):
-        return False  # hours for minutes
-    values = {answer.value}
-    if (answer.unit == "%") != (gold.unit == "%"):
-        values.add(answer.value / 100 if answer.unit == "%" else answer.value * 100)
+    value, target = answer.value, gold.value
+    if answer.unit and gold.unit and answer.unit != gold.unit:
+        (a, units, words), (g, other, other_words) = _measure(value, answer.unit), _measure(target, gold.unit)
+        if units != other if units and other else not words & other_words:
+            return False  # hours for meters
+        value, target = (a, g) if units and other else (value, target)
+    percent = {(True, False): Fraction(1, 100), (False, True): 100}.get((answer.unit == "%", gold.unit == "%"), 1)
     places = max(answer.places, gold.places)
-    near = min(Fraction(1, 10**places), abs(gold.value) / 10**9)
-    return gold.value in values or (places >= 10 and abs(answer.value - gold.value) < near)
+    near = min(Fraction(1, 10**places), abs(target) / 10**9)
+    return target in (value, value * percent) or (places >= 10 and abs(value - target) < near)
 
 # %% ../nbs/03_rewards.ipynb #b4619a98
-_MATH = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+|\\[A-Za-z]+|[^ ]")
-_TIMES = ("*", "\\cdot", "\\times", "/")
+_ARGUMENT = re.compile(r"(\\sqrt(?: ?\[[3-9]\])?|\^) ?([A-Za-z0-9]|\\pi)(?![0-9.])")  # \sqrt2, x^2
+_NAMES = {"\\cdot": "*", "\\times": "*", "\\pi": "π", "\\frac": "φ", "\\binom": "β", "\\sqrt": "ρ2"}
+_AMBIGUOUS = re.compile(r"""[^0-9A-Za-np-zπφρβ(){}+*/^.-] | [A-Za-zπ)}][0-9.] | [0-9]φ | [fghpFGHP]\(
+    | \^(?!\{) | \^\{[^{}]*\}\^ | [-+*/][-+*/]""", re.X)
 
 
-class _Unclear(Exception):
-    """This text has no single reading, or none that this small evaluator knows."""
-
-
-def _sum(tokens: list[str], point: Callable[[str], float]) -> complex:
-    total = 0j
-    while True:
-        sign = tokens.pop() if tokens and tokens[-1] in "+-" else "+"
-        total += -_product(tokens, point) if sign == "-" else _product(tokens, point)
-        if not tokens or tokens[-1] not in "+-":
-            return total
+@lru_cache(maxsize=4_096)
+def _parse(text: str) -> ast.expr:
+    """Python's syntax tree of a formula: 2x\\frac{1}{y} is read as '2'@x@φ['1'][y]. ValueError if it is ambiguous."""
+    text = re.sub(r"\\sqrt ?\[([3-9])\]", r"ρ\1", _ARGUMENT.sub(r"\1{\2}", text))
+    text = re.sub(r"\\[a-z]+", lambda name: _NAMES.get(name[0], "?"), text)
+    text = re.sub("(?<![0-9.]) +| +(?![0-9.])", "", text)
+    if len(text) > 200 or _AMBIGUOUS.search(re.sub("ρ[2-9]", "ρ", text)):
+        raise ValueError(text)  # x^12, 1\frac{1}{2}, f(x); and o is no variable: "no" is a word
+    text = re.sub(r"(?<=[0-9A-Za-zπ)}])(?<!ρ[2-9])(?=[A-Za-zπφρβ(])", "@", text)
+    text = re.sub(r"(?<!ρ)[0-9.]+", r"'\g<0>'", text).replace("^", "**").replace(")", ",)")
+    return ast.parse(text.translate(str.maketrans("{}", "[]")), mode="eval").body
 
 # %% ../nbs/03_rewards.ipynb #4ebc5d11
-def _product(tokens: list[str], point: Callable[[str], float]) -> complex:
-    after_number, divided = tokens and tokens[-1][0].isdigit(), False
-    value = _power(tokens, point)
-    while tokens and tokens[-1] not in ("+", "-", ")", "}", "]"):
-        sign = tokens.pop() if tokens[-1] in _TIMES else ""
-        if not sign and (divided or tokens[-1][0].isdigit() or (after_number and tokens[-1] == "\\frac")):
-            raise _Unclear  # 1/2x, x2, 1\frac{1}{2}
-        factor = _power(tokens, point)
-        value, divided = (value / factor, True) if sign == "/" else (value * factor, divided)
-        after_number = False
-    return _moderate(value)
+@lru_cache
+def _precise():
+    """Complex arithmetic with 150 digits: doubles take 1 + 10^-20 for 1."""
+    import mpmath
 
-# %% ../nbs/03_rewards.ipynb #22c7d482
-def _moderate(value: complex) -> complex:
-    if value and not 1e-6 < abs(value) < 1e6:
-        raise _Unclear  # floats would lose the other terms of a sum, or this one
+    context = mpmath.MPContext()
+    context.dps = 150
+    return context
+
+
+def _moderate(value):
+    if value and not 1e-30 < abs(value) < 1e30:
+        raise ValueError(value)  # 150 digits might lose the other terms of a sum, or this one
     return value
 
 
-def _power(tokens: list[str], point: Callable[[str], float]) -> complex:
-    base = _atom(tokens, point)
-    if not tokens or tokens[-1] != "^":
-        return base
-    tokens.pop()
-    exponent = _argument(tokens, point)
-    if tokens and tokens[-1] == "^":
-        raise _Unclear
-    if not 1e-3 < abs(exponent) < 1e3:
-        raise _Unclear
-    value = base ** (int(exponent.real) if exponent == int(exponent.real) else exponent)
-    return _moderate(value or (math.inf if base else 0.0))  # what underflows is not zero
-
-# %% ../nbs/03_rewards.ipynb #0991ccd8
-def _argument(tokens: list[str], point: Callable[[str], float]) -> complex:
-    if not tokens or (tokens[-1] != "{" and len(tokens[-1]) > 1 and tokens[-1] != "\\pi") or tokens[-1] in "(+-":
-        raise _Unclear  # x^12 may mean x^1 2
-    return _atom(tokens, point)
-
-
-def _atom(tokens: list[str], point: Callable[[str], float]) -> complex:
-    token = tokens.pop() if tokens else ""
-    if token[:1].isdigit() or token[:1] == "." != token:
-        if len(token) > 8 or float(token) > 1e6:
-            raise _Unclear  # floats could not tell it from its neighbours
-        return complex(float(token))
-    if token in ("(", "{"):
-        value = _sum(tokens, point)
-        if not tokens or tokens.pop() != {"(": ")", "{": "}"}[token]:
-            raise _Unclear
-        return value
-    return _named(token, tokens, point)
+def _power(base, exponent):
+    if abs(exponent) > 1e3:
+        raise ValueError(exponent)
+    value = base ** (int(exponent.real) if _precise().isint(exponent) else exponent)
+    _moderate(value - 1)  # nor is it almost 1
+    return _moderate(value)
 
 # %% ../nbs/03_rewards.ipynb #f7665834
-def _named(token: str, tokens: list[str], point: Callable[[str], float]) -> complex:
-    if token == "\\frac":
-        return _argument(tokens, point) / _argument(tokens, point)
-    if token == "\\binom":
-        n, k = _argument(tokens, point), _argument(tokens, point)
-        if n.imag or k.imag or n.real.is_integer():
-            raise _Unclear  # not real, or a number that is still to be computed
-        return complex(math.gamma(n.real + 1) / math.gamma(k.real + 1) / math.gamma(n.real - k.real + 1))
-    if token == "\\sqrt":
-        degree = 2
-        if tokens and tokens[-1] == "[":
-            degree = int(tokens[-2]) if len(tokens) > 2 and tokens[-3] == "]" and tokens[-2] in "3456789" else 0
-            del tokens[-3:]
-        return _argument(tokens, point) ** (1 / degree)
-    if token == "\\pi":
-        return complex(math.pi)
-    if not re.fullmatch("[A-Za-np-z]", token) or (token in "fghpFGHP" and tokens and tokens[-1] == "("):
-        raise _Unclear  # f(x) is no product, and o is no variable: "no" is a word
-    return {"i": 1j, "e": complex(math.e)}.get(token) or complex(point(token))
+def _value(node: ast.expr, k: int):
+    """Value of a formula at the k-th point, where every letter is real, of either sign."""
+    exact, value = _precise(), lambda part: _value(part, k)
+    match node:
+        case ast.Constant(text): return exact.mpc(text)
+        case ast.Name("π"): return exact.mpc(exact.pi)
+        case ast.Name("e"): return exact.mpc(exact.e)
+        case ast.Name("i"): return exact.mpc(1j)
+        case ast.Name(name) if name.isascii(): return exact.mpc(2 * math.sin(1.7 * (k + 1) * ord(name)))
+        case ast.Tuple([part]) | ast.List([part]): return value(part)
+        case ast.UnaryOp(ast.USub(), part): return -value(part)
+        case ast.BinOp(a, ast.Add(), b): return value(a) + value(b)
+        case ast.BinOp(a, ast.Sub(), b): return value(a) - value(b)
+        case ast.BinOp(ast.BinOp(_, ast.Div(), _), ast.MatMult(), _): raise ValueError(node)  # 1/2x
+        case ast.BinOp(a, ast.Mult() | ast.MatMult(), b): return _moderate(value(a) * value(b))
+        case ast.BinOp(a, ast.Div(), b): return _moderate(value(a) / value(b))
+        case ast.Subscript(ast.Subscript(ast.Name("φ"), a), b): return _moderate(value(a) / value(b))
+        case ast.BinOp(a, ast.Pow(), b): return _power(value(a), value(b))
+        case ast.Subscript(ast.Name(name), part) if name[0] == "ρ": return value(part) ** (exact.mpf(1) / int(name[1]))
+        case ast.Subscript(ast.Subscript(ast.Name("β"), a), b) if not exact.isint(value(a)):  # or it is to be computed
+            return exact.binomial(value(a), value(b))
+    raise ValueError(node)
 
 # %% ../nbs/03_rewards.ipynb #0ecba160
-def numeric_value(text: str, k: int) -> complex | None:
-    """Value of a normalised formula at the k-th fixed point (every letter is real, of either sign); None if unclear."""
-    tokens = _MATH.findall(text)[::-1] if len(text) <= 200 else []
+def numeric_value(text: str, k: int):
+    """Value of a normalised formula at the k-th fixed point; None if unclear."""
     try:
-        value = _sum(tokens, lambda letter: 2 * math.sin(1.7 * (k + 1) * ord(letter)))
-    except (_Unclear, ArithmeticError, RecursionError, ValueError):
+        value = _value(_parse(text), k)
+    except (ArithmeticError, RecursionError, MemoryError, SyntaxError, ValueError):
         return None
-    return None if tokens or not abs(value) < 1e9 else value
+    return value if abs(value) < math.inf else None
 
 
-def same_values(answer: str, gold: str) -> bool | None:
-    """Are two normalised formulas equal at three points? None if unclear, or too close to call in floats."""
-    verdict = True
+def same_values(answer: str, gold: str, places: int = 0) -> bool | None:
+    """Are two normalised formulas equal at three points, decimals of ten `places` or more nearly? None if unclear."""
+    places = max([places, *map(len, re.findall(r"\.([0-9]+)", f"{answer} {gold}"))])
     for k in range(3):
         a, g = numeric_value(answer, k), numeric_value(gold, k)
         if a is None or g is None:
             return None
-        if abs(a - g) > 1e-5 * max(1.0, abs(a), abs(g)):
-            verdict = False
-        elif verdict and abs(a - g) > 1e-11 * max(abs(a), abs(g)):
-            verdict = None
-    return verdict
+        near = min(0.1**places, abs(g) / 10**9) if places >= 10 else 1e-80 * max(1, abs(g))
+        if abs(a - g) > near:
+            return False
+    return True
 
 # %% ../nbs/03_rewards.ipynb #b758700b
 class Shape(NamedTuple):
@@ -503,7 +508,7 @@ _MATRIX = re.compile(r"\\begin ?\{([pb]?matrix|array)\}(?: ?\{[lcr| ]*\})?(.*)\\
 _BRACKETED = re.compile(r"(\(|\[|\\\{|\\langle)(.*)(\)|\]|\\\}|\\rangle)", re.S)
 _ATOMS = [
     ("base", re.compile(r"([0-9A-F]+) ?_ ?\{? ?([0-9]+) ?\}?")),
-    ("ratio", re.compile(r"([0-9]+) ?: ?([0-9]+)(?: ?: ?([0-9]+))?")),
+    ("ratio", re.compile(r"([0-9]+) ?: ?([0-9]+)(?: ?: ?([0-9]+))? ?([ap]m)?")),
     ("infinity", re.compile(r"\+? ?(-?) ?(?:\\infty|infinity)")),
     ("letter", re.compile(r"([A-Za-z])")),
 ]
@@ -513,7 +518,7 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z' .-]*")
 @lru_cache(maxsize=65_536)
 def view(text: str) -> "Number | Shape | str":
     """What a normalised text writes: a number, a shape of items, or (unchanged) an expression."""
-    if (number := parse_number(text)) is not None:
+    if not re.match(r"-?[0-9]+ ?\^ ?\{? ?[-0-9]", text) and (number := parse_number(text)) is not None:
         return number
     formula, text = text, _without_text(text)
     for kind, pattern in _ATOMS:
@@ -549,16 +554,27 @@ _TEXT_KINDS = ("base", "ratio", "infinity", "letter", "words")
 _UNORDERED = ("{}", "list")
 
 
+def _as_number(side, other):
+    """What else can be a number if the other side is one: 10^{-6}, and 5 N if the other has a unit as well."""
+    if not isinstance(side, str) or not isinstance(other, Number):
+        return side
+    return parse_number(re.sub("(?<=[0-9]) ?([A-Za-z][^{}]*)$", r"\\text{\1}", side) if other.unit else side) or side
+
+
 def compare(answer, gold) -> bool | None:
     """Do two views write the same thing? True, False, or None if only algebra can tell."""
+    answer, gold = _as_number(answer, gold), _as_number(gold, answer)
     if isinstance(gold, Number):  # a number must be written as a number: no computations, no hedges
-        undecided = gold.places >= 10 and isinstance(answer, str)
-        return None if undecided else isinstance(answer, Number) and same_number(answer, gold)
+        if gold.places >= 10 and isinstance(answer, str):
+            return same_values(answer, str(gold.value), gold.places)
+        return isinstance(answer, Number) and same_number(answer, gold)
     if isinstance(answer, str) or isinstance(gold, str):
         if isinstance(gold, Shape):
-            return False if gold.kind in _TEXT_KINDS else None
-        formula = str(answer.value) if isinstance(answer, Number) and answer.unit in ("", "$") else answer
-        return True if answer == gold else same_values(formula, gold) if isinstance(formula, str) else None
+            letter = gold.kind == "letter" and same_values(answer, gold.items[0])
+            return bool(letter) if gold.kind in _TEXT_KINDS else None
+        plain = isinstance(answer, Number) and answer.unit in ("", "$")
+        formula, places = (str(answer.value), answer.places) if plain else (answer, 0)
+        return True if answer == gold else same_values(formula, gold, places) if isinstance(formula, str) else None
     return False if isinstance(answer, Number) else _compare_shapes(answer, gold)
 
 # %% ../nbs/03_rewards.ipynb #be160806
@@ -572,16 +588,13 @@ def _compare_shapes(answer: Shape, gold: Shape) -> bool | None:
         return _same_items(answer.items, gold.items)
     if kinds == ("union", "union"):
         return _same_items(answer.items, gold.items) or None  # the same set may be cut in other pieces
-    if answer.kind == gold.kind or kinds == ("list", "()"):
-        return len(answer.items) == len(gold.items) and _all(map(compare, answer.items, gold.items))
+    if answer.kind == gold.kind or kinds == ("list", "()") or {*kinds} == {"list", "phrase"}:
+        verdicts = [len(answer.items) == len(gold.items), *map(compare, answer.items, gold.items)]
+        return min(verdicts, key=(False, None, True).index)
     brackets = len(answer.kind) == 2 and (len(gold.kind) == 2 or gold.kind == "union")
     return False if brackets else None  # (0,1] for [0,1], or for a union
 
 # %% ../nbs/03_rewards.ipynb #c844d927
-def _all(verdicts: Iterable[bool | None]) -> bool | None:
-    return min(verdicts, key=(False, None, True).index, default=True)
-
-
 def _same_items(answer: tuple, gold: tuple) -> bool | None:
     """Equal as sets: every item of each has its like in the other. None if any pair needs algebra."""
     if len(answer) * len(gold) > 400:
@@ -627,11 +640,6 @@ def _drop_names(answer: str, gold: str) -> tuple[str, str]:
         value = ", ".join(split_name(part)[1] for part in split(answer, [","]))
     return (value, gold_value) if gold_is_plain or answer_is_plain or name == gold_name else (answer, gold)
 
-# %% ../nbs/03_rewards.ipynb #be2f252b
-def _squeeze(text: str) -> str:
-    text = _without_text(text)
-    return re.sub(r"(?<![0-9]) +| +(?![0-9])|\.(?![0-9])", "", re.sub(r"\{([A-Za-z0-9])\}", r"\1", text))
-
 # %% ../nbs/03_rewards.ipynb #c02436d1
 def decide(answer: str, gold: str) -> tuple[bool | None, str]:
     """(verdict, rung that gave it) without algebra; the verdict is None on the rung "sympy": only algebra can tell."""
@@ -649,8 +657,6 @@ def decide(answer: str, gold: str) -> tuple[bool | None, str]:
         return True, "shape"
     if (verdict := compare(seen, target)) is not None:
         return verdict, {Number: "number", str: "values"}.get(type(target), "shape")
-    if _squeeze(answer) == _squeeze(gold):
-        return True, "identical"
     return (False, "guard") if is_suspect(answer, gold) else (None, "sympy")
 
 # %% ../nbs/03_rewards.ipynb #c2ce29ed
@@ -754,8 +760,8 @@ def measure(cases: Sequence[dict]) -> dict:
     """Errors and latencies of labelled pairs, graded one by one with warm workers, and the time of one batch of all."""
     start_workers()
     graded = grade_cases(cases)
-    keys = ("pred", "gold", "accepted", "rung")
-    errors = [{key: case[key] for key in keys} for case in graded if case["accepted"] != case["equal"]]
+    wrong = [case for case in graded if case["accepted"] != case["equal"]]
+    errors = [{key: case[key] for key in ("pred", "gold", "accepted", "rung")} for case in wrong]
     rungs = sorted({case["rung"] for case in graded})
     responses = [f"</think> <answer>{case['pred']}</answer>" for case in cases]
     start = time.perf_counter()
@@ -782,10 +788,9 @@ def bench(cases: Path, out: Path = Path("results/grader/equiv_cases.json"), poli
     """Measure the grader on CASES: JSON lines with pred, gold, equal and, if any, policy (only those of POLICY)."""
     lines = [json.loads(line) for line in cases.read_text().splitlines() if line.strip()]
     result = measure([line for line in lines if line.get("policy", "") == policy])
-    packages = ["math-verify", "latex2sympy2_extended", "sympy"]
     result |= {"cases": cases.name, "policy": policy, "date": time.strftime("%Y-%m-%d"), "cpus": cpu_count(),
                "python": platform.python_version(), "load": os.getloadavg()[0],
-               "versions": {name: version(name) for name in packages}}
+               "versions": {name: version(name) for name in ("math-verify", "latex2sympy2_extended", "sympy")}}
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")

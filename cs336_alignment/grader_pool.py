@@ -37,24 +37,30 @@ def _for_parser(text: str) -> str:
     return f"\\boxed{{{text}}}"
 
 # %% ../nbs/E1_grading_in_processes.ipynb #b04abb1a
+def _differ(a, b) -> bool:
+    """Have two sympy objects different values, or bounds, where every symbol is an integer of its own?"""
+    from sympy import Expr, Float, MatrixBase, Set
+
+    if isinstance(a, MatrixBase):
+        return any(map(_differ, a, b))
+    if isinstance(a, Set) and isinstance(b, Set):
+        return a != b and any(all(_differ(x, y) for y in b.boundary) for x in a.boundary)
+    if not (isinstance(a, Expr) and isinstance(b, Expr)):
+        return False
+    point = {symbol: k for k, symbol in enumerate(sorted(a.free_symbols | b.free_symbols, key=str), 3)}
+    difference, *sizes = (abs(x.subs(point).evalf(100)) for x in (a - b, a, b))
+    near = 1e-9 if a.has(Float) or b.has(Float) else 1e-60
+    return bool(difference.is_number and any(difference > near * size for size in sizes))
+
+
 @functools.cache
-def _compare_by_size() -> None:
-    """Let math-verify's numeric comparison weigh a difference against the numbers: alone it rounds to six decimals."""
+def _check_values() -> None:
+    """Let math-verify call equal only what has equal values: it rounds to six decimals, and simplify to doubles."""
     from math_verify import grader
-    from sympy import Float, MatrixBase, Number
 
-    def size(expression):
-        return max((abs(number) for number in expression.evalf().atoms(Number)), default=1)
-
-    def same(a, b, *precision) -> bool:
-        if not (verdict := rounded(a, b, *precision)) or isinstance(a, MatrixBase):
-            return verdict  # a matrix was compared item by item, here
-        has_floats, difference = a.has(Float) or b.has(Float), a - b
-        if not has_floats and difference.free_symbols | a.free_symbols:
-            return difference == 0  # or simplify tells
-        return bool(size(difference) <= (1e-6 if has_floats else 1e-60) * max(size(a), size(b)))
-
-    rounded, grader.sympy_numeric_eq = grader.sympy_numeric_eq, same
+    for name in ("sympy_numeric_eq", "sympy_symbolic_eq", "sympy_compare_sets"):
+        same = getattr(grader, name)
+        setattr(grader, name, lambda a, b, *precision, same=same: same(a, b, *precision) and not _differ(a, b))
 
 # %% ../nbs/E1_grading_in_processes.ipynb #5d995d4a
 def same_by_algebra(answer: str, gold: str) -> bool:
@@ -63,7 +69,7 @@ def same_by_algebra(answer: str, gold: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr, I
 
-    _compare_by_size()
+    _check_values()
 
     rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last")
     target = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)]
