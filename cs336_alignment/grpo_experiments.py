@@ -192,16 +192,15 @@ def experiment_runs(command: str, track: str, seeds: int | None = None, steps: i
 
 
 def show_runs(runs: Sequence[tuple[GRPOConfig, SFTConfig | None]], root: Path | None = None) -> None:
-    """Prints a line a variant: its seeds, how many are finished, what differs from the track's preset, its start."""
+    """Prints a line a variant: its seeds, how many are finished below `root`, its start, what differs from the base."""
     by_variant = {}
-    for config, start in runs:
-        by_variant.setdefault(config.variant, []).append((config, start))
+    for config, _ in runs:
+        by_variant.setdefault(config.variant, []).append(config)
     for name, group in by_variant.items():
-        config, start = group[0]
-        done = sum(read_summary(run_folder(c, root)) is not None for c, _ in group)
-        differs = variant_name({k: v for k, v in vars(config).items() if k not in ("family", "track", "variant", "seed")},
-                               "", grpo_config(config.track)).replace("-", " ")
-        print(f"{name}: {len(group)} seeds, {done} finished; {differs or 'as the preset'}")
+        first, done = group[0], sum(read_summary(run_folder(config, root)) is not None for config in group)
+        base = vars(experiment_config(first.track, name, {}, first.seed)[0])
+        differs = ", ".join(f"{k}={v}" for k, v in vars(first).items() if v != base[k] and k != "model")
+        print(f"{name}: {len(group)} seeds, {done} finished, from {first.model}; {differs or 'the base'}")
 
 # %% ../nbs/13_grpo_experiments.ipynb #bb8008b3
 def run_grpo_experiment(config: GRPOConfig, start: SFTConfig | None = None, root: Path | None = None) -> dict | None:

@@ -193,7 +193,7 @@ def axis_label(metric: str) -> str:
     """A metric in words, with its unit: "train/answer_accuracy" → "accuracy in training, %"."""
     where, _, name = metric.rpartition("/")
     words = WORDS.get(name, name.replace("_", " "))
-    if where == "train" and is_share(metric):
+    if where == "train" and is_share(metric) and name not in ("share_trained", "clip_fraction"):
         words += " in training"
     return words + (", %" if is_share(metric) else "")
 
@@ -255,8 +255,12 @@ def plot_curves(runs: pd.DataFrame, metric: str, x: str = "step", ax=None, label
     """
     ax = ax or plt.subplots(figsize=(6, 3.6))[1]
     variants, scale = list(labels or sorted(runs.variant.unique())), 100 if is_share(metric) else 1
-    lines = []
+    has = set(runs[runs[metric].notna()].variant) if metric in runs else set()
+    lines, drawn = [], [v for v in variants if v in has] or variants
     for variant in variants:
+        if variant not in drawn:  # it keeps its colour for the other panels
+            ax.plot([], [])
+            continue
         curve = band(runs[runs.variant == variant], metric, x) * [scale, scale, 1]
         full = curve[curve.n == curve.n.max()]
         line, = ax.plot(full.index, full["mean"], label=(labels or {}).get(variant, variant))
@@ -268,9 +272,9 @@ def plot_curves(runs: pd.DataFrame, metric: str, x: str = "step", ax=None, label
         lines += ax.plot(rest.index, rest["mean"], ":", c=line.get_color(), lw=1)
     ax.set(xlabel=X_LABELS[x], ylabel=axis_label(metric))
     ax.spines[["top", "right"]].set_visible(False)
-    put_title(ax, title, describe(runs[runs.variant.isin(variants)], metric))
+    put_title(ax, title, describe(runs[runs.variant.isin(drawn)], metric))
     if ends and (labels or len(variants) > 1):
-        label_ends(ax, lines, [(labels or {}).get(v, v) for v in variants])
+        label_ends(ax, lines, [(labels or {}).get(v, v) for v in drawn])
     return ax
 
 # %% ../nbs/E5_plots.ipynb #a622db1b
