@@ -16,7 +16,7 @@ from .runs import load_runs
 # %% ../nbs/17_variants.ipynb #3f897fba
 @dataclass(frozen=True)
 class Claim:
-    """A published claim: `of` against `minus`, variants of `grpo_experiments`, comes to `sign` (1 better, 0 the same)."""
+    """A published claim: `of` against `minus`, variants of `grpo_experiments`, is better (sign 1) or the same (0)."""
     text: str
     source: str
     of: str
@@ -35,7 +35,8 @@ def judge(runs: pd.DataFrame, claim: Claim) -> tuple[str, str]:
     gap, half = 100 * gap, student(100 * half, n)
     known = abs(gap) > half
     if claim.sign:
-        says = "supported" if gap > half else "contradicted" if known else f"too small to see: none above {abs(gap) + half:.1f}"
+        unseen = f"too small to see: none above {abs(gap) + half:.1f}"
+        says = "supported" if gap > half else "contradicted" if known else unseen
     else:
         says = "supported" if abs(gap) + half <= MARGIN else "contradicted" if known else "too few seeds to say"
     return f"{gap:+.1f} ± {half:.1f} ({n})", says
@@ -49,7 +50,7 @@ CLAIMS = [
     Claim("A rate of 2e-5 beats 1e-5", f"{SHIB} (85.8 against 67.3%); {SEED}", "lr2e-05", "baseline", 1),
     Claim("Training needs the baseline", f"{SHIB} (88 against 18%)", "baseline", "no_baseline", 1),
     Claim("Without a baseline it is better", f"{SEED} (49.7 against 35.0%)", "no_baseline", "baseline", 1),
-    Claim("Right answers only nearly equal GRPO", "RAFT: Xiong et al. 2504.11343, Table 1", "no_baseline", "baseline", 0),
+    Claim("Right answers only nearly equal GRPO", "RAFT, Xiong et al. 2504.11343, Tab. 1", "no_baseline", "baseline", 0),
     Claim("Groups all right add little", "Xiong et al. 2504.11343, Fig. 4", "no_baseline_mixed", "no_baseline", 0),
     Claim("The response's own length is better", f"{SEED} (69.4 against 63.4%)", "baseline", "masked_normalize", 1),
     Claim("The constant costs no accuracy", "Dr. GRPO 2503.20783, Fig. 5", "masked_normalize", "baseline", 0),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['X_LABELS', 'WORDS', 'PANELS', 'SHARED', 'FULL_COLOUR', 'OUTCOMES', 'PRE', 'interval', 'student', 'coverage',
            'difference', 'differences', 'paired_difference', 'paired', 'gains', 'show_gains', 'verdict', 'paired_table',
-           'band', 'is_share', 'axis_label', 'describe', 'evaluated', 'put_title', 'label_ends', 'plot_curves',
-           'plot_panels', 'made_by', 'results_table', 'markdown_table', 'plot_dots', 'describe_table', 'outcome',
-           'entropy_colour', 'colour_tokens', 'question_of', 'rollout_html', 'legend_html', 'rollouts_html',
+           'band', 'is_share', 'axis_label', 'describe', 'evaluated', 'put_title', 'label_ends', 'draw_band',
+           'plot_curves', 'plot_panels', 'made_by', 'results_table', 'markdown_table', 'plot_dots', 'describe_table',
+           'outcome', 'entropy_colour', 'colour_tokens', 'question_of', 'rollout_html', 'legend_html', 'rollouts_html',
            'show_rollouts']
 
 # %% ../nbs/E5_plots.ipynb #4b199b61
@@ -244,6 +244,14 @@ def label_ends(ax, lines: list, labels: list[str]) -> None:
         ax.annotate(labels[k], ends[k], (4, place - shift - at[k]), textcoords="offset points", fontsize=8,
                     color=lines[k].get_color(), va="center", annotation_clip=False)
 
+# %% ../nbs/E5_plots.ipynb #aa586770
+def draw_band(ax, full: pd.DataFrame, rest: pd.DataFrame, limits: tuple):
+    """A curve with its band, dotted where some seeds have ended (`rest`); returns that line. limits: of the band."""
+    line, = ax.plot(full.index, full["mean"])
+    low, high = full["mean"] - full.half, full["mean"] + full.half
+    ax.fill_between(full.index, low.clip(*limits), high.clip(*limits), color=line.get_color(), alpha=0.2, lw=0)
+    return ax.plot(rest.index, rest["mean"], ":", c=line.get_color(), lw=1)[0]
+
 # %% ../nbs/E5_plots.ipynb #7b7148a9
 def plot_curves(runs: pd.DataFrame, metric: str, x: str = "step", ax=None, labels: dict[str, str] | None = None,
                 title: str | None = None, ends: bool = True):
@@ -263,13 +271,7 @@ def plot_curves(runs: pd.DataFrame, metric: str, x: str = "step", ax=None, label
             continue
         curve = band(runs[runs.variant == variant], metric, x) * [scale, scale, 1]
         full = curve[curve.n == curve.n.max()]
-        line, = ax.plot(full.index, full["mean"], label=(labels or {}).get(variant, variant))
-        low, high = full["mean"] - full.half, full["mean"] + full.half
-        if scale == 100:
-            low, high = low.clip(0, 100), high.clip(0, 100)
-        ax.fill_between(full.index, low, high, color=line.get_color(), alpha=0.2, lw=0)
-        rest = curve.loc[full.index[-1]:]  # some seeds have ended
-        lines += ax.plot(rest.index, rest["mean"], ":", c=line.get_color(), lw=1)
+        lines.append(draw_band(ax, full, curve.loc[full.index[-1]:], (0, 100) if scale == 100 else (None, None)))
     ax.set(xlabel=X_LABELS[x], ylabel=axis_label(metric))
     ax.spines[["top", "right"]].set_visible(False)
     put_title(ax, title, describe(runs[runs.variant.isin(drawn)], metric))
@@ -282,7 +284,8 @@ PANELS = ("eval/answer_accuracy", "eval/token_entropy", "eval/mean_tokens", "tra
           "train/share_trained")
 
 
-def plot_panels(runs: pd.DataFrame, labels: dict[str, str], title: str, metrics: Sequence[str] = PANELS, width: int = 3):
+def plot_panels(runs: pd.DataFrame, labels: dict[str, str], title: str, metrics: Sequence[str] = PANELS,
+                width: int = 3):
     """Curves of several metrics side by side, those that the runs have, with one message over them; the figure.
 
     runs: from `load_runs`. labels: as in `plot_curves`, at most four."""

@@ -812,7 +812,7 @@ LAST = ("best", "wall_s", "gpu", "commit", "date", "config", "environment")  # a
 
 def differing(value: Any, first: Any) -> Any:
     """A cell as it is written: of a dict with the first row's keys, "+" and the entries that differ from that row's."""
-    if not (isinstance(value, dict) and isinstance(first, dict) and value is not first and value.keys() == first.keys()):
+    if value is first or not (isinstance(value, dict) and isinstance(first, dict) and value.keys() == first.keys()):
         return value
     return "+" + json.dumps({k: v for k, v in value.items() if v != first[k]}, ensure_ascii=False, default=_plain)
 
@@ -858,13 +858,16 @@ def published_rollout(record: dict) -> dict:
 # %% ../nbs/E4_runs.ipynb #21d01de8
 KEPT_LINES = 250  # of the metrics of a run, about
 KEPT_STEPS, KEPT_QUESTIONS = 5, 4  # of the rollouts of a run that trains
-MANY = 40  # runs; of a family with more, only evaluated steps are published, and fewer rollouts
+MANY = 12  # runs; of a family with more, only evaluated steps are published, without timings, and fewer rollouts
 
 
 def kept_lines(lines: list[dict], many: bool = False) -> list[dict]:
     """What is published of a run's metrics: all lines of evaluated steps, and of a long run every k-th step."""
     evaluated = {line["step"] for line in lines if any(k.startswith("eval/") for k in line)}
-    every = math.inf if many and evaluated else math.ceil(len(lines) / KEPT_LINES)
+    if many and evaluated:
+        timed = lambda name: name.startswith("train/s_")
+        return [{k: v for k, v in line.items() if not timed(k)} for line in lines if line["step"] in evaluated]
+    every = math.ceil(len(lines) / KEPT_LINES)
     return [line for line in lines if line["step"] in evaluated or line["step"] % every == 0]
 
 # %% ../nbs/E4_runs.ipynb #7fd49757
@@ -964,7 +967,8 @@ def publish(family: str | Path, source: Path | str | None = None, out: Path | st
 INDEX_HEAD = """# Results
 
 One folder a family of runs: `runs.csv` (a row a run, final metrics, configuration), `metrics.csv` (a row a logged line,
-5 digits; of long runs every k-th step, of families of more than 40 runs the evaluated steps), `rollouts.jsonl` (a few responses).
+5 digits; of long runs every k-th step, of families of more than 12 runs the evaluated steps, without timings),
+`rollouts.jsonl` (a few responses).
 `python -m cs336_alignment.runs publish FAMILY` makes them from the run folders in `results/runs`, and this file.
 
 | family | question | notebook | command | runs | machine | date |

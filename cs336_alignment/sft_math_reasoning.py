@@ -113,7 +113,8 @@ def training_pairs(config: SFTConfig) -> list[tuple[str, str]]:
     if config.traces:
         pairs = trace_pairs(config.traces, template)
     else:
-        pairs = [(fill_prompt(template, p.question), teacher_response(p, config.prompt)) for p in sft_problems(config)[0]]
+        pairs = [(fill_prompt(template, p.question), teacher_response(p, config.prompt))
+                 for p in sft_problems(config)[0]]
     n = config.n_train or len(pairs)
     if n > len(pairs):
         raise DataError(f"n_train = {n:,}, but {config.traces or config.data} has {len(pairs):,} examples")

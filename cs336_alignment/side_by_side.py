@@ -34,7 +34,7 @@ from .vllm_engine import multi_process_service, shared_engine
 # %% ../nbs/E12_side_by_side.ipynb #a8561dc3
 @dataclass(frozen=True)
 class Job:
-    """A run: its configuration, and that of the finetuning whose policy it starts from (None: a model that is there)."""
+    """A run: its configuration, and that of the finetuning that its policy comes from (None: a model as it is)."""
     config: Config
     start: SFTConfig | None = None
 
@@ -63,7 +63,7 @@ def read_jobs(path: Path) -> list[Job]:
 # %% ../nbs/E12_side_by_side.ipynb #77874cae
 @contextmanager
 def claimed(jobs: Sequence[Job], root: Path):
-    """Those of `jobs` that this process has from now on and that are neither finished nor failed: all or none of them."""
+    """Those of `jobs` that are neither finished nor failed, for this process alone; none if another has them."""
     place = root / "logs" / "claims" / policy_name(jobs[0].config)
     place.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{place}.lock")

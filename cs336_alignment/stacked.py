@@ -37,8 +37,8 @@ from .inference import (Completion, Request, SamplingParams, Tokenizer, cut_resp
 from .log import generation_metrics, make_generation_records, mean_or_nan, token_lengths
 from .models import load_policy, save_policy
 from .packing import Example, Packed, make_optimizer, pack, token_log_probs
-from .runs import (Run, RunConflict, finish_run, log_metrics, log_rollouts, open_run, policy_name, run_folder, say,
-                                  training_steps)
+from .runs import (Run, RunConflict, finish_run, log_metrics, log_rollouts, open_run, policy_name,
+                                  run_folder, say, training_steps)
 from .sft_helper import compute_entropy
 
 # %% ../nbs/E11_stacked_runs.ipynb #b26dc72d
@@ -474,7 +474,8 @@ def run_stacked(configs: Sequence[GRPOConfig], root: Path | str | None = None, f
     a run that failed (a gradient that is not finite).
 
     Finished runs are read, not run again without `force`. The policies are float32. keep: save them in the
-    cache. device: by default "cuda" if there is one. Raises ValueError, naming the setting, for runs that cannot be stacked, RunConflict."""
+    cache. device: by default "cuda" if there is one. Raises ValueError, naming the setting, for runs that
+    cannot be stacked, RunConflict."""
     configs = list(configs)
     check_stack(configs)
     with ExitStack() as opened:
