@@ -50,7 +50,7 @@ CLAIMS = [
     Claim("A rate of 2e-5 beats 1e-5", f"{SHIB} (85.8 against 67.3%); {SEED}", "lr2e-05", "baseline", 1),
     Claim("Training needs the baseline", f"{SHIB} (88 against 18%)", "baseline", "no_baseline", 1),
     Claim("Without a baseline it is better", f"{SEED} (49.7 against 35.0%)", "no_baseline", "baseline", 1),
-    Claim("Right answers only nearly equal GRPO", "RAFT, Xiong et al. 2504.11343, Tab. 1", "no_baseline", "baseline", 0),
+    Claim("Right answers only nearly equal GRPO", "Xiong et al. 2504.11343, Table 1", "no_baseline", "baseline", 0),
     Claim("Groups all right add little", "Xiong et al. 2504.11343, Fig. 4", "no_baseline_mixed", "no_baseline", 0),
     Claim("The response's own length is better", f"{SEED} (69.4 against 63.4%)", "baseline", "masked_normalize", 1),
     Claim("The constant costs no accuracy", "Dr. GRPO 2503.20783, Fig. 5", "masked_normalize", "baseline", 0),

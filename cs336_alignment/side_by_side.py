@@ -205,9 +205,10 @@ def run_side_by_side(jobs: Sequence[Job], root: Path | str | None = None, proces
         write_jobs(file, todo)
         homes = places(processes, len(todo))
         pass_tokens = 65_536 * max(1, torch.cuda.device_count()) // max(4, len(homes))  # a GPU's memory is shared
+        options = map(str, (root, int(keep), share, pass_tokens))
+        command = [sys.executable, "-m", "cs336_alignment.side_by_side", str(file), *options]
         with multi_process_service():
-            running = [start_process([sys.executable, "-m", "cs336_alignment.side_by_side", str(file), str(k), str(root),
-                                      str(int(keep)), str(share), str(pass_tokens)], file.with_suffix(f".{k}.log"), home)
+            running = [start_process([*command, str(k)], file.with_suffix(f".{k}.log"), home)
                        for k, home in enumerate(homes)]
             watch(running, jobs, root, seen_by_someone() if progress is None else progress)
         say_failures(running, file)
@@ -224,5 +225,5 @@ def say_failures(processes: list[subprocess.Popen], file: Path) -> None:
 
 # %% ../nbs/E12_side_by_side.ipynb #c90460c6
 if __name__ == "__main__" and "__file__" in globals():
-    file, number, root, keep, share, pass_tokens = sys.argv[1:]
+    file, root, keep, share, pass_tokens, number = sys.argv[1:]
     sys.exit(work_through(Path(file), int(number), Path(root), keep == "1", float(share), int(pass_tokens)))
