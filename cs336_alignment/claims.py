@@ -60,9 +60,9 @@ CLAIMS = [
 
 # %% ../nbs/17_variants.ipynb #569ed15c
 CLAIMS += [
-    Claim("Several updates a batch win at the end", f"handout §8; {SEED} (73.8 against 58.3%)", "e2_b128", "baseline", 1),
+    Claim("Several updates a batch win at the end", f"handout §8; {SEED} (73.8 to 58.3%)", "e2_b128", "baseline", 1),
     Claim("One update a batch wins at the end", f"{SHIB} (88.2 against 85.6%)", "baseline", "e2_b128", 1),
-    Claim("Repeating a batch is worse than cutting it up", f"{SHIB} (77 against 0%, 8 updates)", "e2_b64", "e4_b128", 1),
+    Claim("Repeating a batch is worse than cutting it", f"{SHIB} (77 against 0%, 8 updates)", "e2_b64", "e4_b128", 1),
     Claim("Without the clip it breaks down", f"{SHIB} (82 against 0%)", "e2_b128", "e2_b128_no_clip", 1),
     Claim("The clip is not needed", f"{X26}; RGRA 2603.18756", "e2_b128_no_clip", "e2_b128", 0),
     Claim("Clip-higher helps", "DAPO 2503.14476, Table 1 (+2)", "clip_higher_e2_b128", "e2_b128", 1),

@@ -178,7 +178,8 @@ def experiment_config(track: str, variant: str, settings: Settings, seed: int,
 
 # %% ../nbs/13_grpo_experiments.ipynb #e630fc87
 def experiment_runs(command: str, track: str, seeds: int | None = None, steps: int | None = None,
-                    only: Sequence[str] = (), changes: Settings | None = None) -> list[tuple[GRPOConfig, SFTConfig | None]]:
+                    only: Sequence[str] = (),
+                    changes: Settings | None = None) -> list[tuple[GRPOConfig, SFTConfig | None]]:
     """All runs of a command, seed by seed. Raises ValueError for an unknown track, variant or setting."""
     if track not in OWN:
         raise ValueError(f"unknown track {track!r}: choose from {', '.join(OWN)}")
