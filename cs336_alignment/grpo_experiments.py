@@ -248,7 +248,7 @@ ABOUT = {"lr-sweep": "Learning rates.", "baselines": "Rewards, or rewards compar
          "clip-ablation": "Off-policy, with and without the clip.", "prompt-ablation": "Another prompt and its reward.",
          "variants": "Dr. GRPO, DAPO, GSPO, MaxRL, KL, group sizes, starts."}
 
-
+# %% ../nbs/13_grpo_experiments.ipynb #6ce78899
 def add_command(name: str) -> None:
     """The command of one experiment."""
     def command(track: TrackName = "pocket", seeds: Annotated[int | None, Option("how many, from 0")] = None,
