@@ -194,9 +194,13 @@ def needs_old(config: GRPOConfig, step: int) -> bool:
     return ratio or config.tis_cap is not None or evaluates(config, step)
 
 
-def engine_gap(trainer: Sequence[Tensor], engine: Sequence[Sequence[float]]) -> dict[str, float]:
-    """How far the trainer's log-probs of sampled tokens are from the engine's, over responses; see the text above."""
-    d = torch.cat(list(trainer)) - torch.cat([torch.tensor(x) for x in engine]).to(trainer[0])
+def engine_gap(trainer: Sequence[Tensor], engine: Sequence[Sequence[float]], first: int = 0) -> dict[str, float]:
+    """How far the trainer's log-probs of sampled tokens are from the engine's, over responses; see the text above.
+
+    first: tokens of each response to leave out; the first `min_tokens` were drawn without an end."""
+    d = torch.cat([t[first:] - t.new_tensor(e)[first:] for t, e in zip(trainer, engine, strict=True)])
+    if not len(d):
+        return {}
     return {"engine_gap": d.abs().mean().item(), "engine_gap_max": d.abs().max().item(),
             "engine_kl": (d.expm1() - d).mean().item()}
 
@@ -226,7 +230,7 @@ def with_log_probs(config: GRPOConfig, examples: dict[int, Example], completions
         for i, side in sides.items():
             side["importance"] = (side["old"] - side["old"].new_tensor(engine[i])).exp().clamp(max=config.tis_cap)
     added = {i: replace(e, side=e.side | sides[i]) for i, e in examples.items()}
-    return added, engine_gap(old, list(engine.values())) if known else {}
+    return added, engine_gap(old, list(engine.values()), config.min_tokens) if known else {}
 
 # %% ../nbs/12_grpo.ipynb #59791d24
 def updates(config: GRPOConfig, policy: PreTrainedModel, optimizer: torch.optim.Optimizer,

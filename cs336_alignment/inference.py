@@ -70,8 +70,8 @@ class Completion:
     """One response.
 
     `token_ids` has neither padding nor prompt; an eos that ended the response is its last id, though not in `text`.
-    `logprobs` has one number (nats) per token id, or is None: log softmax of the model's own logits, before
-    temperature, top-p and min_tokens, whatever they were (vLLM's "raw_logprobs").
+    `logprobs` has one number (nats) per token id, or is None: of the distribution that the token was drawn
+    from: log softmax of logits / temperature, without what top-p and min_tokens forbid (vLLM's "processed_logprobs").
     """
     text: str
     token_ids: list[int]
@@ -112,10 +112,10 @@ class SeededSampler(LogitsProcessor):
         if s.temperature > 0:
             scores = scores / s.temperature
             scores = TopPLogitsWarper(s.top_p)(input_ids, scores) if s.top_p < 1 else scores
-            scores = scores + gumbel_rows(scores, self.generators, self.done)
-        chosen = scores.argmax(-1, keepdim=True)
-        self.logprobs.append(logits.gather(1, chosen).squeeze(1) - logits.logsumexp(-1))
-        return scores
+        noisy = scores + gumbel_rows(scores, self.generators, self.done) if s.temperature > 0 else scores
+        chosen = noisy.argmax(-1, keepdim=True)
+        self.logprobs.append(scores.gather(1, chosen).squeeze(1) - scores.logsumexp(-1))
+        return noisy
 
 # %% ../nbs/04_sampling.ipynb #869c0179
 def find_stop(text: str, stop: Sequence[str], start: int = 0) -> tuple[int, int] | None:

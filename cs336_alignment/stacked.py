@@ -159,13 +159,14 @@ def next_logits(stack: Stack, slots: list[tuple[Tensor, Tensor]], start: int, id
 # %% ../nbs/E11_stacked_runs.ipynb #76a4e12c
 def draw(logits: Tensor, sampling: SamplingParams, generators: Sequence[torch.Generator], eos: Tensor,
          t: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The token at place `t` of each response, its log-prob, and its distribution's entropy, (S, B) each; both at
-    temperature 1. logits: (S, B, V); a generator for each s."""
+    """The token at place `t` of each response, its log-prob when it was drawn, and the entropy at temperature 1.
+
+    logits: (S, B, V); a generator for each s. Returns (S, B) each."""
     scores = logits.index_fill(-1, eos, -torch.inf) if t < sampling.min_tokens else logits
-    if sampling.temperature > 0:
-        scores = scores / sampling.temperature + gumbel_rows(scores, generators, [False] * len(generators))
-    token = scores.argmax(-1)
-    log_probs = logits.gather(-1, token[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    scores = scores / sampling.temperature if sampling.temperature > 0 else scores
+    noise = gumbel_rows(scores, generators, [False] * len(generators)) if sampling.temperature > 0 else 0
+    token = (scores + noise).argmax(-1)
+    log_probs = scores.gather(-1, token[..., None]).squeeze(-1) - scores.logsumexp(-1)
     return token, log_probs, compute_entropy(logits)
 
 

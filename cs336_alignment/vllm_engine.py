@@ -507,7 +507,7 @@ def vllm_args(path: str, *, gpu_memory_utilization: float = 0.85, max_model_len:
     if not torch.cuda.is_available():  # vLLM 0.32 rewinds a seeded generator after half a prompt; CPU generators cannot
         others = dict(enable_chunked_prefill=False) | others
     return dict(model=path, gpu_memory_utilization=gpu_memory_utilization, max_model_len=max_model_len, dtype=dtype,
-                seed=seed, enforce_eager=enforce_eager) | others
+                seed=seed, enforce_eager=enforce_eager, logprobs_mode="processed_logprobs") | others
 
 # %% ../nbs/E2_vllm.ipynb #4f4767ce
 class BackedEngine(Engine):

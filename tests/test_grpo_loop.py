@@ -805,3 +805,28 @@ def test_runs_that_cannot_be_stacked(tmp_path, name, value):
     with pytest.raises(ValueError, match=name):
         run_stack(tmp_path, [CONFIG, replace(CONFIG, **{"variant": "other", name: value})])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("stacked_engine", [False, True])
+def test_importance_is_one_where_the_engine_has_the_trainers_weights(temperature, stacked_engine):
+    """Log-probs of trainer and engine are of the policy that sampled, at any temperature (kind 10 of the faults)."""
+    from cs336_alignment import stacked
+    from cs336_alignment.data import fill_prompt, load_prompt, micro_problems
+    from cs336_alignment.grpo import add_log_probs, rollout_examples, sampling_params
+    from cs336_alignment.inference import TransformersEngine
+    from cs336_alignment.models import load_policy
+
+    config = grpo_config("micro", temperature=temperature, tis_cap=5.0, min_tokens=0, group_size=2)
+    policy, tokenizer = load_policy("micro", "cpu")
+    prompts = [fill_prompt(load_prompt("micro"), p.question) for p in micro_problems(6)]
+    sampling = sampling_params(config, 1, 1, purpose=0)
+    if stacked_engine:
+        completions = stacked.stacked_generate(stacked.stack_policies([policy], tokenizer), [prompts], [sampling])[0][0]
+    else:
+        completions = [c for c, in TransformersEngine(policy, tokenizer).generate(prompts, sampling, progress=False)]
+    examples = dict(enumerate(rollout_examples(completions, torch.ones(len(completions)))))
+    added, gap = add_log_probs(config, examples, completions, policy)
+    for example in added.values():
+        torch.testing.assert_close(example.side["importance"], torch.ones_like(example.side["importance"]), atol=1e-3, rtol=0)
+    assert gap["engine_gap_max"] < 1e-3

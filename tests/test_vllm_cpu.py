@@ -112,18 +112,23 @@ def test_logprobs_are_those_of_a_forward_pass(groups, policy):
     model, gap = policy[0], 0.0
     for c in flat(groups):
         ids = torch.tensor([c.prompt_token_ids + c.token_ids])
-        logprobs = model(ids).logits[0, len(c.prompt_token_ids) - 1:-1].log_softmax(-1)
+        logits = model(ids).logits[0, len(c.prompt_token_ids) - 1:-1]
+        logits[:SAMPLING.min_tokens, policy[1].eos_token_id] = -torch.inf  # what was drawn from has no end there
+        logprobs = logits.log_softmax(-1)
         expected = logprobs.gather(1, torch.tensor(c.token_ids)[:, None]).squeeze(1)
         gap = max(gap, (expected - torch.tensor(c.logprobs)).abs().max().item())
     assert gap < 1e-3, gap
 
 
-def test_logprobs_are_raw_at_any_temperature(engine, policy):
-    hot = SamplingParams(temperature=2.0, top_p=0.9, seed=3, max_tokens=1)
-    [[c]] = engine.generate(PROMPTS[:1], hot, progress=False)
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 2.0])
+def test_logprobs_are_of_the_distribution_that_was_drawn_from(engine, policy, temperature):
+    [[c]] = engine.generate(PROMPTS[:1], SamplingParams(temperature=temperature, seed=3, max_tokens=1), progress=False)
     with torch.no_grad():
-        expected = policy[0](torch.tensor([c.prompt_token_ids])).logits[0, -1].log_softmax(-1)[c.token_ids[0]].item()
-    assert abs(c.logprobs[0] - expected) < 1e-3
+        logits = policy[0](torch.tensor([c.prompt_token_ids])).logits[0, -1] / (temperature or 1)
+    assert abs(c.logprobs[0] - logits.log_softmax(-1)[c.token_ids[0]].item()) < 1e-3
+
+
+def test_logprobs_can_be_left_out(engine):
     [[c]] = engine.generate(PROMPTS[:1], SamplingParams(max_tokens=4, logprobs=None), progress=False)
     assert c.logprobs is None
 
