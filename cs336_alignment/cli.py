@@ -20,10 +20,10 @@ import typer
 # %% ../nbs/E10_commands.ipynb #42acfd1e
 TrackName = Annotated[str, typer.Option(help="micro | pocket | course: model, data and prompt that go together")]
 Force = Annotated[bool, typer.Option(help="run again even if a finished run of the same configuration exists")]
-Seeds = Annotated[list[int], typer.Option("--seed", help="repeat for several")]
+Seeds = Annotated[list[int], typer.Option("--seed", min=0, help="repeat for several")]
 Changes = Annotated[list[str], typer.Option("--set", help="another setting, name=value (repeat for several)")]
-Replicas = Annotated[int, typer.Option(help="vLLM engines that share the GPU")]
-GpuShare = Annotated[float, typer.Option(help="share of the GPU's memory for all vLLM engines")]
+Replicas = Annotated[int, typer.Option(min=1, help="vLLM engines that share the GPU")]
+GpuShare = Annotated[float, typer.Option(min=0.01, max=1, help="share of the GPU's memory for all vLLM engines")]
 Root = Annotated[Path | None, typer.Option(help="where run folders go (default: results/runs)")]
 
 # %% ../nbs/E10_commands.ipynb #c933c375
@@ -55,15 +55,17 @@ def read_value(text: str) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else text
 
 # %% ../nbs/E10_commands.ipynb #9ca6fd8f
-def parse_changes(settings: list[str]) -> dict[str, Any]:
-    """{"name": value} from "name=value" strings, values as by `read_value`. Raises ValueError for any other form, and
-    for a name that comes twice."""
+def parse_changes(settings: list[str], *options: str) -> dict[str, Any]:
+    """{"name": value} from "name=value" strings, values as by `read_value`. options: settings that the command has an
+    option for. Raises ValueError for one of them, for any other form, and for a name that comes twice."""
     changes = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         name = name.strip()
         if not equals or not name:
             raise ValueError(f"--set takes name=value, not {setting!r}")
+        if name in options:
+            raise ValueError(f"--set {name}: this command has an option for it; see --help")
         if name in changes:
             raise ValueError(f"--set {name} is given twice")
         changes[name] = read_value(value.strip())

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Tokenizer', 'Prompts', 'Decode', 'Tick', 'RESPONSE_BAR', 'Row', 'SamplingParams', 'check_sampling', 'Completion',
            'sample_seed', 'gumbel_rows', 'SeededSampler', 'find_stop', 'cut_response', 'just_ended', 'StopWhenAllEnded',
-           'Request', 'tokenize_prompts', 'make_requests', 'Lifecycle', 'Engine', 'named_weights', 'plain_generation',
-           'eos_and_decode', 'pad_left', 'sample_batch', 'sample_in_batches', 'copy_weights', 'check_fit',
-           'free_memory', 'usual_batch_size', 'fast_bfloat16', 'sampling_dtype', 'TransformersEngine']
+           'Request', 'tokenize_prompts', 'make_requests', 'check_room', 'Lifecycle', 'Engine', 'named_weights',
+           'plain_generation', 'eos_and_decode', 'pad_left', 'sample_batch', 'sample_in_batches', 'copy_weights',
+           'check_fit', 'free_memory', 'usual_batch_size', 'fast_bfloat16', 'sampling_dtype', 'TransformersEngine']
 
 # %% ../nbs/04_sampling.ipynb #22dbf0df
 import contextlib, gc, hashlib, re, secrets
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import (LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList,
                                      TopPLogitsWarper)
 
@@ -207,6 +207,18 @@ def make_requests(prompts: Prompts, sampling: SamplingParams, tokenizer: Tokeniz
         seeds = [None if sampling.seed is None else sample_seed(sampling.seed, p, i) for i in range(sampling.n)]
         requests += [Request(ids, seed, limit) for seed in seeds]
     return requests
+
+# %% ../nbs/04_sampling.ipynb #a44c4d6f
+def check_room(model: str | Path, texts: Sequence[str], response: bool = True) -> None:
+    """Raises ValueError if the longest of `texts` does not fit the model's context; reads no weights.
+
+    response: whether a token of a response has to fit, too (prompts), or nothing (prompts with their responses)."""
+    folder = model_dir(model)
+    context = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or float("inf")
+    longest = max(map(len, AutoTokenizer.from_pretrained(folder)(sorted(texts, key=len)[-16:]).input_ids))
+    if longest + response > context:
+        raise ValueError(f"a prompt has {longest} tokens, but the context of {model} is {context}: "
+                         "choose a shorter prompt or another model")
 
 # %% ../nbs/04_sampling.ipynb #08fd02bf
 class Lifecycle:

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['RUN_KEYS', 'Positive', 'Count', 'Rate', 'NonNegative', 'Share', 'NOT_FINITE', 'BAR_METRICS', 'BAR_FORMAT', 'LOGS',
            'FIRST', 'LAST', 'KEPT_LINES', 'KEPT_STEPS', 'KEPT_QUESTIONS', 'MANY', 'INDEX_HEAD', 'RunConflict',
-           'run_folder', 'policy_name', 'Config', 'make_config', 'variant_name', 'append_jsonl', 'write_text',
-           'write_json', 'read_json', 'json_safe', 'from_json_safe', 'installed_versions', 'environment', 'Run',
-           'wall_s', 'DiskFull', 'is_disk_full', 'guarded', 'log_metrics', 'read_metrics', 'log_rollouts',
-           'bar_numbers', 'show_numbers', 'seen_by_someone', 'training_steps', 'say_once', 'Mirror', 'wandb_mode',
-           'open_mirror', 'serve_mirror', 'start_mirror', 'mirror_metrics', 'stop_mirror', 'batch_indices',
-           'seed_everything', 'rng_state', 'set_rng_state', 'portable', 'sync', 'sync_logs', 'is_checkpoint',
-           'write_checkpoint', 'save_checkpoint', 'find_checkpoint', 'rewind', 'read_state', 'restore_checkpoint',
-           'read_summary', 'read_config', 'check_config', 'move_aside', 'note_environment', 'only_writer', 'open_run',
-           'begin_or_continue', 'say', 'finish_run', 'summarise_log', 'find_results', 'run_folders',
-           'published_families', 'evaluated_on', 'run_row', 'as_cell', 'from_cell', 'differing', 'write_table',
-           'read_table', 'rounded', 'published_line', 'published_rollout', 'kept_lines', 'kept_rollouts',
+           'run_folder', 'check_folder', 'policy_name', 'Config', 'make_config', 'name_part', 'variant_name',
+           'append_jsonl', 'write_text', 'write_json', 'read_json', 'json_safe', 'from_json_safe', 'installed_versions',
+           'environment', 'Run', 'wall_s', 'DiskFull', 'is_disk_full', 'guarded', 'log_metrics', 'read_metrics',
+           'log_rollouts', 'bar_numbers', 'show_numbers', 'seen_by_someone', 'training_steps', 'say_once', 'Mirror',
+           'wandb_mode', 'open_mirror', 'serve_mirror', 'start_mirror', 'mirror_metrics', 'stop_mirror',
+           'batch_indices', 'seed_everything', 'rng_state', 'set_rng_state', 'portable', 'sync', 'sync_logs',
+           'is_checkpoint', 'write_checkpoint', 'save_checkpoint', 'find_checkpoint', 'rewind', 'read_state',
+           'restore_checkpoint', 'read_summary', 'read_config', 'check_config', 'move_aside', 'note_environment',
+           'only_writer', 'open_run', 'begin_or_continue', 'say', 'finish_run', 'summarise_log', 'find_results',
+           'run_folders', 'published_families', 'evaluated_on', 'run_row', 'as_cell', 'from_cell', 'differing',
+           'write_table', 'read_table', 'rounded', 'published_line', 'published_rollout', 'kept_lines', 'kept_rollouts',
            'write_rollouts', 'read_rollouts', 'Published', 'read_published', 'publishable', 'publish', 'index_line',
            'write_index', 'load_run', 'load_runs', 'run_table', 'load_rollouts', 'command']
 
@@ -23,19 +23,8 @@ __all__ = ['RUN_KEYS', 'Positive', 'Count', 'Rate', 'NonNegative', 'Share', 'NOT
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
 # %% ../nbs/E4_runs.ipynb #1bb73958
-import csv
-import errno
-import io
-import json
-import math
-import os
-import random
-import re
-import shutil
-import subprocess
-import sys
-import threading
-import time
+import csv, errno, hashlib, io, json, math, os, random, re
+import shutil, subprocess, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache, lru_cache
@@ -73,6 +62,15 @@ def run_folder(config: "dict | Config", root: Path | str | None = None) -> Path:
     root = repo_root() / "results" / "runs" if root is None else Path(root)
     return root / f"{config['family']}_{config['track']}" / f"{config['variant']}_seed{config['seed']}"
 
+# %% ../nbs/E4_runs.ipynb #4182bf6b
+def check_folder(config: "dict | Config", root: Path | str | None = None) -> None:
+    """Raises ValueError if a run of this configuration could not be written: its name, a file in the way, no right."""
+    there = next(path for path in (run_folder(config, root), *run_folder(config, root).parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file, but run folders are to go into it: name another --root")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there} cannot be written: name another --root")
+
 # %% ../nbs/E4_runs.ipynb #2e2d1f72
 def policy_name(config: "dict | Config") -> str:
     """The name under which a run's policy is kept: that of its run folder."""
@@ -102,6 +100,8 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{f.name} = {value}: a number is needed that is finite")
             try:
                 _checker(f.type).validate_python(value, strict=True)
             except ValidationError as error:
@@ -116,14 +116,21 @@ def make_config(kind: type[Config], **settings) -> Config:
     return kind(**settings)
 
 # %% ../nbs/E4_runs.ipynb #bfb54289
+def name_part(value: Any) -> str:
+    """A value as part of a name: different values, different names. What a name cannot hold is replaced, and told apart
+    by a digest."""
+    text = (f"{value:g}" if float(f"{value:g}") == value else repr(value)) if isinstance(value, float) else str(value)
+    plain = re.sub(r"[^\w.+-]+", "_", text)
+    return plain if plain == text else f"{plain}.{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
 def variant_name(changes: dict, default: str = "default", preset: Config | None = None) -> str:
     """A variant's name that says what differs from the preset: {"learning_rate": 2e-5} → "learning_rate2e-05".
 
     Left out is what the preset has too, if it is given, and what names the run anyway (RUN_KEYS)."""
     changes = {k: v for k, v in changes.items()
                if k not in RUN_KEYS and (preset is None or getattr(preset, k, None) != v)}
-    part = lambda value: re.sub(r"[^\w.+-]+", "_", f"{value:g}" if isinstance(value, float) else str(value))
-    return "-".join(f"{name}{part(value)}" for name, value in changes.items()) or default
+    return "-".join(f"{name}{name_part(value)}" for name, value in changes.items()) or default
 
 # %% ../nbs/E4_runs.ipynb #7980aa6f
 def _plain(obj: Any) -> Any:

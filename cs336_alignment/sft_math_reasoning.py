@@ -29,9 +29,10 @@ from .cli import Changes, GpuShare, Replicas, Root, Seeds, TrackName, later, par
 from .data import (DataError, Problem, fill_prompt, load_problems, load_prompt, problem_sets,
                                   read_records, teacher_response, trace_record)
 from .drgrpo_grader import grade_batch, r1_zero_reward_fn
-from .runs import (Config, Count, NonNegative, Positive, Rate, Share, batch_indices, finish_run,
-                                  log_metrics, make_config, open_run, policy_name, restore_checkpoint, run_table,
-                                  save_checkpoint, seed_everything, training_steps, variant_name, write_text)
+from .runs import (Config, Count, NonNegative, Positive, Rate, Share, batch_indices, check_folder,
+                                  finish_run, log_metrics, make_config, name_part, open_run, policy_name,
+                                  restore_checkpoint, run_table, save_checkpoint, seed_everything, training_steps,
+                                  variant_name, write_text)
 
 inference, log, models = (later(f"cs336_alignment.{name}") for name in ("inference", "log", "models"))
 packing, vllm_engine = later("cs336_alignment.packing"), later("cs336_alignment.vllm_engine")
@@ -331,7 +332,7 @@ def sft_command_config(
     """The configuration that the command's options describe. Without a variant the name says what
     differs from the preset."""
     differs = variant_name(changes, "", sft_config(track, n, seed))
-    name = "-".join(filter(None, [traces and traces.stem, f"n{n or 'all'}", differs]))
+    name = "-".join(filter(None, [traces and name_part(str(traces)), f"n{n or 'all'}", differs]))
     given = {"traces": str(traces)} if traces else {}
     return sft_config(track, n, seed, **{"variant": variant or name} | given | changes)
 
@@ -354,9 +355,12 @@ def main(
     if ctx.invoked_subcommand:
         return
     with told():  # mistakes show before anything is loaded
-        config = sft_command_config(track, n, seed, traces, variant, parse_changes(set_))
-        training_pairs(config)
+        changes = parse_changes(set_, "track", "seed", "n_train", "traces")
+        config = sft_command_config(track, n, seed, traces, variant, changes)
+        check_folder(config, root)
+        pairs = training_pairs(config)
         models.model_dir(config.model)
+        inference.check_room(config.model, [prompt + response for prompt, response in pairs], response=False)
     with told():
         run_all([config], root, force, True, replicas, gpu_memory_utilization)
     print(f"policy: {policy_name(asdict(config))} (a name for --model)")
@@ -376,7 +380,9 @@ def sweep(
 ):
     """Finetune on {128, 256, 512, 1024, all} unique examples, several seeds each (a size of 0 means all)."""
     with told():
-        configs = [sft_config(track, n or None, s, **parse_changes(set_)) for s in seed for n in size]
+        changes = parse_changes(set_, "track", "seed", "n_train", "variant")
+        configs = [sft_config(track, n or None, s, **changes) for s in seed for n in size]
+        check_folder(configs[0], root)
         run_all(configs, root, force, keep, replicas, gpu_memory_utilization)
 
 # %% ../nbs/08_sft.ipynb #1bbfa83b
@@ -393,7 +399,9 @@ def tune(
 ):
     """Compare learning rates and batch sizes on held-back training problems."""
     with told():
-        configs = [c for s in seed for c in tuning_configs(track, n_train=n, seed=s, **parse_changes(set_))]
+        changes = parse_changes(set_, "track", "seed", "n_train", "variant")
+        configs = [c for s in seed for c in tuning_configs(track, n_train=n, seed=s, **changes)]
+        check_folder(configs[0], root)
         run_all(configs, root, force, False, replicas, gpu_memory_utilization)
 
 # %% ../nbs/08_sft.ipynb #44f8cc05
@@ -410,9 +418,11 @@ def quality(
 ):
     """Filter a file of traces, and compare raw traces with filtered ones."""
     with told():
+        changes = parse_changes(set_, "track", "seed", "n_train", "traces", "variant")
         filtered = raw.with_name(f"{raw.stem}_filtered.jsonl")
         print(f"{filtered}: {filter_traces(raw, filtered)}")
-        configs = [c for s in seed for c in quality_configs(track, raw, filtered, s, **parse_changes(set_))]
+        configs = [c for s in seed for c in quality_configs(track, raw, filtered, s, **changes)]
+        check_folder(configs[0], root)
         run_all(configs, root, force, False, replicas, gpu_memory_utilization)
 
 # %% ../nbs/08_sft.ipynb #6ca93fed

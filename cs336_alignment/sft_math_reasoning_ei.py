@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['inference', 'models', 'packing', 'EI_PRESETS', 'VARIATIONS', 'EI_RATES', 'app', 'EIConfig', 'ei_config',
-           'sample_groups', 'select_correct', 'rate_factor', 'finetune', 'ei_step', 'ei_steps', 'expert_iteration',
-           'variation_configs', 'rate_configs', 'ei_command_config', 'main', 'sweep']
+           'sample_groups', 'select_correct', 'rate_factor', 'finetune', 'ei_step', 'ei_steps', 'ei_problems',
+           'expert_iteration', 'variation_configs', 'rate_configs', 'ei_command_config', 'main', 'sweep']
 
 # %% ../nbs/09_expert_iteration.ipynb #163b46d7
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -23,9 +23,9 @@ import typer
 from .cli import Changes, GpuShare, Replicas, Root, Seeds, TrackName, later, parse_changes, told
 from .data import Problem, fill_prompt, load_prompt
 from .drgrpo_grader import grade_batch, reward_fn_of
-from .runs import (Config, NonNegative, Positive, Rate, batch_indices, finish_run, log_metrics,
-                                  make_config, open_run, policy_name, restore_checkpoint, save_checkpoint,
-                                  seed_everything, training_steps, variant_name)
+from .runs import (batch_indices, check_folder, Config, finish_run, log_metrics, make_config,
+                                  NonNegative, open_run, policy_name, Positive, Rate, restore_checkpoint,
+                                  save_checkpoint, seed_everything, training_steps, variant_name)
 from .sft_math_reasoning import evaluate_and_log, run_all, sft_problems, track_of
 
 inference, models, packing = (later(f"cs336_alignment.{name}") for name in ("inference", "models", "packing"))
@@ -177,6 +177,15 @@ def ei_steps(run, config: EIConfig, engine, model, tokenizer, problems: list[Pro
         save_checkpoint(run, step, parts, after_s=checkpoint_s)
 
 # %% ../nbs/09_expert_iteration.ipynb #9aec152e
+def ei_problems(config: EIConfig) -> tuple[list[Problem], list[Problem]]:
+    """Questions to draw from, and those held back. Raises ValueError if a step asks for more than there are."""
+    problems, held_out = sft_problems(config)
+    if config.questions > len(problems):
+        raise ValueError(f"questions = {config.questions:,} a step, but {config.data} has {len(problems):,} "
+                         "to draw from")
+    return problems, held_out
+
+# %% ../nbs/09_expert_iteration.ipynb #031af0e2
 def expert_iteration(config: EIConfig, engine=None, root: Path | str | None = None, force: bool = False,
                      keep: bool = True, progress: bool | None = None, compiled: bool = False,
                      checkpoint_s: float = 0.0) -> dict:
@@ -185,7 +194,7 @@ def expert_iteration(config: EIConfig, engine=None, root: Path | str | None = No
     engine, keep, compiled, checkpoint_s: as for `sft`. A killed run continues from its last checkpoint. Raises
     DataError, DataMissing, ModelMissing (train the start policy first), RunConflict.
     """
-    problems, held_out = sft_problems(config)
+    problems, held_out = ei_problems(config)
     with open_run(config, root, force) as run:
         if run.summary:
             return run.summary
@@ -264,18 +273,22 @@ def main(ctx: typer.Context, track: TrackName = "pocket", seed: int = 0, set_: C
     if ctx.invoked_subcommand:
         return
     with told():  # mistakes show before anything is loaded
-        config = ei_command_config(track, seed, parse_changes(set_))
-        sft_problems(config), load_prompt(config.prompt), models.model_dir(config.model)
+        config = ei_command_config(track, seed, parse_changes(set_, "track", "seed"))
+        check_folder(config, root), models.model_dir(config.model)
+        template, sets = load_prompt(config.prompt), ei_problems(config)
+        inference.check_room(config.model, [fill_prompt(template, p.question) for problems in sets for p in problems])
     with told():
         run_all([config], root, force, True, replicas, gpu_memory_utilization, expert_iteration)
 
-
+# %% ../nbs/09_expert_iteration.ipynb #9e02be27
 @app.command()
 def sweep(track: TrackName = "pocket", seed: Seeds = [0, 1, 2, 3], set_: Changes = [], replicas: Replicas = 1,
           gpu_memory_utilization: GpuShare = 0.4, force: bool = False, root: Root = None, keep: bool = False):
     """Vary G, the epochs per step and |D_b|, one at a time, several seeds each."""
     with told():
-        configs = [c for s in seed for c in variation_configs(track, s, **parse_changes(set_))]
+        changes = parse_changes(set_, "track", "seed", "variant")
+        configs = [c for s in seed for c in variation_configs(track, s, **changes)]
+        check_folder(configs[0], root)
         run_all(configs, root, force, keep, replicas, gpu_memory_utilization, expert_iteration)
 
 # %% ../nbs/09_expert_iteration.ipynb #2d467321
