@@ -143,7 +143,8 @@ def _field(record: dict, names: tuple[str, ...], where: str) -> str:
 def _gold(text: str, where: str) -> str:
     "A true answer, stripped; DataError for one that nothing can be graded against."
     gold = text.strip()
-    if gold.lower() in ("", "nan") or re.search(r"\d{4301}", gold):
+    bare = re.sub(r"\\(?:text|mathrm|mathbf)(?![A-Za-z])|[\s{}$]", "", gold).lower()
+    if not bare or bare.lstrip("+-") in ("nan", "inf", "infinity") or re.search(r"\d{4301}", gold):
         raise DataError(f"{where}: the answer is {gold[:20] or 'empty'}, which nothing can be graded against")
     return gold
 
@@ -232,9 +233,10 @@ def trace_record(record: dict, where: str = "record") -> dict:
     "response"}` with a `ground_truth` if the record has an `expected_answer` or `ground_truth`. Raises DataError."""
     if "reasoning_trace" in record:
         trace = _field(record, ("reasoning_trace",), where)
+        known = record.get("extracted_answer") is not None
         return {"problem": _field(record, ("problem",), where), "response": re.sub(r"^\s*<think>", "", trace),
                 "ground_truth": _gold(_field(record, ("expected_answer",), where), where),
-                "extracted_answer": record.get("extracted_answer")}
+                "extracted_answer": _field(record, ("extracted_answer",), where) if known else None}
     trace = {name: _field(record, (name,), where) for name in ("prompt", "response")}
     if "expected_answer" in record or "ground_truth" in record:
         trace["ground_truth"] = _gold(_field(record, ("expected_answer", "ground_truth"), where), where)

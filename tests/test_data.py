@@ -74,7 +74,8 @@ def test_only_commas_between_thousands_go(written, gold):
 
 # JSON as it stands in the file, because Python's json writes some of these as something else
 VALUES = ["NaN", "Infinity", "-Infinity", "1e999", "true", "false", "[5]", '{"value": 5}', '"\\ud800"', '"5\\udc00"',
-          '"nan"', '"NaN"',
+          '"nan"', '"NaN"', '"-nan"', '"inf"', '"Infinity"', '"+inf"', '"-infinity"', '"- inf"', '"$nan$"',
+          '"\\\\text{nan}"', '"$-\\\\text{ Inf }$"', '"\\\\mathrm{NaN}"', '"{}"', '"$$"',
           '""', '"  "', "9" * 5_000, '"' + "9" * 5_000 + '"', "-" + "9" * 4_301, "[" * 200_000 + "]" * 200_000]
 FORMATS = {  # a record with the gold left open, and the reader
     "math answer": ('{"problem": "?", "answer": GOLD}', read_math),
@@ -98,14 +99,14 @@ def test_values_that_are_no_gold_are_refused_in_their_line(tmp_path, value, reco
     str(error.value).encode()  # can be printed
 
 
-@pytest.mark.parametrize("end", ["nan", "NaN", "", " ", "5\nand a note", "9" * 5_000])
+@pytest.mark.parametrize("end", ["nan", "NaN", "-nan", "inf", "$infinity$", "+Inf", r"-\text{inf}", "", " ", "5\nand a note", "9" * 5_000])
 def test_results_of_gsm8k_that_are_none(end):
     with pytest.raises(DataError, match="f:3: "):
         gsm8k_problem({"question": "?", "answer": f"steps\n#### {end}"}, "f:3")
 
 
 def test_boxes_that_hold_no_gold():
-    for content in ("nan", "9" * 5_000):
+    for content in ("nan", "inf", "-infinity", r"\text{nan}", r"-\mathrm{Inf}", "9" * 5_000):
         with pytest.raises(DataError, match="f:3: the answer is"):
             math_problem({"problem": "?", "solution": f"\\boxed{{{content}}}"}, "f:3")
 
@@ -118,7 +119,9 @@ def test_numbers_from_python_are_refused_too():
 
 @pytest.mark.parametrize("value, gold", {
     "5": "5", "2.5": "2.5", "-0": "0", '"\\ud83d\\ude00"': "😀", "null": "7", "1e3": "1000.0", '"none"': "none",
-    "9" * 4_000: "9" * 4_000, '"\\\\infty"': "\\infty"}.items(), ids=lambda text: text[:12])
+    "9" * 4_000: "9" * 4_000, '"\\\\infty"': "\\infty",
+    '"-\\\\infty"': "-\\infty", '"(-\\\\infty, 5]"': "(-\\infty, 5]", '"no information"': "no information",
+    '"-"': "-", '"\\\\text{info}"': "\\text{info}", '"nano"': "nano", '"\\\\inf"': "\\inf"}.items(), ids=lambda text: text[:12])
 def test_what_stays_accepted(tmp_path, value, gold):
     file = tmp_path / "set.jsonl"
     record = '{"problem": "?", "answer": VALUE, "solution": "\\\\boxed{7}", "level": NaN}'
@@ -147,6 +150,23 @@ def test_half_a_character_elsewhere():
             trace_record(record, "f:1")
     with pytest.raises(DataError):
         _trace_problem({"problem": half, "reasoning_trace": "x", "expected_answer": "5"})
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '"5\\ud800"', "true", "[5]", '{"value": 5}'])
+@pytest.mark.parametrize("field", ["extracted_answer", "expected_answer", "problem", "reasoning_trace"])
+def test_fields_of_traces_that_are_no_text(tmp_path, field, value):
+    good = {"problem": "?", "reasoning_trace": "x</think>", "extracted_answer": 5, "expected_answer": "5"}
+    file = tmp_path / "traces.jsonl"
+    file.write_text(json.dumps(good) + "\n" + json.dumps(good | {field: "VALUE"}).replace('"VALUE"', value))
+    with pytest.raises(DataError, match=f"traces.jsonl:2: field '{field}' "):
+        read_traces(file)
+
+
+def test_what_a_trace_may_leave_out():
+    trace = {"problem": "?", "reasoning_trace": "x", "expected_answer": "5"}
+    for extracted, read in [({}, None), ({"extracted_answer": None}, None), ({"extracted_answer": 5}, "5"),
+                            ({"extracted_answer": ""}, ""), ({"extracted_answer": "nan"}, "nan")]:  # the model's word
+        assert trace_record(trace | extracted)["extracted_answer"] == read
 
 
 BROKEN = {"brackets": ("[" * 200_000 + "]" * 200_000, "nested too deeply"), "digits": ("9" * 5_000, "more digits"),
