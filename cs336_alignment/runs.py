@@ -182,13 +182,21 @@ def write_json(path: str | Path, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, default=_plain) + "\n")
 
 # %% ../nbs/E4_runs.ipynb #138e9721
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file. Raises ValueError, naming it, if it is empty or cut short, FileNotFoundError."""
+def read_json(path: str | Path, **kinds) -> dict:
+    """The object in a JSON file, with values of these types under these names; None is as good as absent.
+
+    Raises ValueError, naming the file, if it is cut short or holds something else, FileNotFoundError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is empty or cut short ({error}): restore it, or run anew with force "
-                         "(what is there is kept)") from None
+        found, name = json.loads(Path(path).read_text(encoding="utf-8")), "it"
+        TypeAdapter(dict).validate_python(found)
+        for name, kind in kinds.items():
+            TypeAdapter(kind).validate_python(found.get(name), strict=True)
+        return found
+    except ValidationError as error:
+        wrong = f"is not as it was written ({name}: {error.errors()[0]['msg']})"
+    except (ValueError, RecursionError) as error:
+        wrong = f"is empty or cut short ({error})"
+    raise ValueError(f"{path} {wrong}: restore it, or run anew with force (what is there is kept)")
 
 # %% ../nbs/E4_runs.ipynb #321b3e6d
 NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
@@ -577,7 +585,8 @@ def find_checkpoint(folder: Path) -> Path | None:
 def rewind(run: Run) -> None:
     """Bring `run` and its log files to its last checkpoint (none: to nothing): step, clock, file lengths."""
     checkpoint = find_checkpoint(run.folder)
-    position = read_json(checkpoint / "position.json") if checkpoint else {"step": 0, "wall_s": 0.0, "bytes": {}}
+    kinds = {"step": int, "wall_s": float, "bytes": dict[str, int]}
+    position = read_json(checkpoint / "position.json", **kinds) if checkpoint else {k: t() for k, t in kinds.items()}
     for name in LOGS:
         path, length = run.folder / name, position["bytes"].get(name, 0)
         if (size := path.stat().st_size if path.exists() else 0) < length:
@@ -622,12 +631,12 @@ def restore_checkpoint(run: Run, parts: dict) -> dict | None:
 def read_summary(folder: Path | str) -> dict | None:
     """The summary of a finished run, or None if it is not finished."""
     path = Path(folder) / "summary.json"
-    return from_json_safe(read_json(path)) if path.exists() else None
+    return from_json_safe(read_json(path, steps=int, final=dict)) if path.exists() else None
 
 
 def read_config(folder: Path | str) -> dict:
     """The configuration of a run folder."""
-    return read_json(Path(folder) / "config.json")
+    return read_json(Path(folder) / "config.json", family=str, track=str, variant=str, seed=int)
 
 # %% ../nbs/E4_runs.ipynb #d13eaf92
 def check_config(folder: Path, config: dict) -> None:
@@ -659,8 +668,8 @@ def note_environment(folder: Path) -> None:
     now = json.loads(json.dumps(environment())) | today
     if not path.exists():
         return write_json(path, now)
-    first = read_json(path)
-    known = [{k: v for k, v in first.items() if k != "resumed"}, *first.get("resumed", [])]
+    first = read_json(path, resumed=list[dict] | None)
+    known = [{k: v for k, v in first.items() if k != "resumed"}, *(first.get("resumed") or [])]
     if now != known[-1] | today:
         write_json(path, first | {"resumed": known[1:] + [now]})
 
@@ -769,7 +778,8 @@ def find_results(source: Path | str) -> Path:
 def run_folders(root: Path | str) -> list[Path]:
     """The run folders in `root`, which is one of them, a family's folder, or the folder of all; none moved aside."""
     found = {path.parent for depth in ("", "*/", "*/*/") for path in Path(root).glob(depth + "config.json")}
-    return sorted(f for f in found if "old" not in f.relative_to(root).parts[:-1])
+    aside = lambda path: "old" in path.parts[:-1] or re.search(r"_seed\d+\.old\d*$", path.name)
+    return sorted(folder for folder in found if not aside(folder.relative_to(root)))
 
 
 def published_families(root: Path | str) -> list[Path]:

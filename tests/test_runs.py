@@ -2,7 +2,7 @@
 
 The training loop below uses the library exactly as the experiments do. It runs in child processes made by fork, so that the
 imports are paid for once; they are killed with SIGKILL."""
-import contextlib, errno, io, json, os, random, shutil, signal, subprocess, sys, time
+import contextlib, errno, io, json, os, random, re, shutil, signal, subprocess, sys, time
 
 import numpy as np, pytest, torch
 from torch import nn
@@ -254,3 +254,53 @@ def test_disabled_wandb_is_not_even_imported(tmp_path):
     code = WANDB_RUN + "\nassert not [name for name in sys.modules if name.startswith(('wandb', 'pandas'))], 'imported'"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"WANDB_MODE": "disabled"}, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "f_toy/v_seed1: begins\n", "")
+
+
+# --- files of a run that hold something else
+
+NO_OBJECT = ["[]", "null", "5", '"text"', "true", "[{}]", "", '{"step": ', "NaN", "[" * 100_000]
+OTHER = {"config.json": ["{}", '{"family": "f", "track": "toy", "variant": null, "seed": 0}',
+                         '{"family": "f", "track": "toy", "variant": "a", "seed": "0"}'],
+         "position.json": ["{}", '{"step": 5}', '{"step": "5", "wall_s": 1, "bytes": {}}', '{"step": 5, "wall_s": 1, "bytes": []}',
+                           '{"step": 5, "wall_s": null, "bytes": {}}', '{"step": 5, "wall_s": 1, "bytes": {"metrics.jsonl": "9"}}'],
+         "summary.json": ["{}", '{"steps": 5}', '{"steps": 5, "final": []}', '{"steps": null, "final": {}}'],
+         "environment.json": ['{"resumed": 5}', '{"resumed": [5]}', '{"resumed": {"gpu": null}}']}
+
+
+@pytest.mark.parametrize("name, text", [(name, text) for name, more in OTHER.items() for text in NO_OBJECT + more],
+                         ids=lambda text: text[:40])
+def test_files_of_another_shape_are_named(tmp_path, name, text):
+    folder = run_folder(CONFIG, tmp_path)
+    train(tmp_path, 10)
+    if name != "summary.json":
+        (folder / "summary.json").unlink()
+    if name == "position.json":
+        runs.write_checkpoint(folder, {}, {"step": 10, "wall_s": 1.0, "bytes": {}})
+    place = next(folder.rglob(name)) if name != "summary.json" else folder / name
+    place.write_text(text)
+    with pytest.raises(ValueError) as error:
+        train(tmp_path, 10)
+    said = str(error.value)
+    assert str(place) in said and "restore it, or run anew with force" in said and "\n" not in said and len(said) < 400
+    assert place.read_text() == text
+
+
+@pytest.mark.parametrize("name, reader", [("config.json", runs.run_table), ("config.json", runs.load_runs),
+                                          ("config.json", runs.load_rollouts), ("summary.json", runs.run_table),
+                                          ("summary.json", runs.load_runs), ("environment.json", runs.run_table)])
+@pytest.mark.parametrize("text", NO_OBJECT, ids=lambda text: text[:20])
+def test_readers_of_run_folders_name_them_too(tmp_path, name, reader, text):
+    train(tmp_path, 5)
+    (place := run_folder(CONFIG, tmp_path) / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(place))):
+        reader(tmp_path)
+
+
+def test_runs_moved_aside_in_any_way_are_not_listed(tmp_path):
+    names = ["a_seed0", "a_seed0.old1", "a_seed12.old22", "a_seed0.old", "b.old1_seed0", "b.old_seed3", "old_seed1"]
+    for name in names + ["old/a_seed0.1", "old/c_seed0"]:
+        (tmp_path / "f" / name).mkdir(parents=True)
+        (tmp_path / "f" / name / "config.json").write_text("{}")
+    kept = ["a_seed0", "b.old1_seed0", "b.old_seed3", "old_seed1"]
+    assert [f.name for f in runs.run_folders(tmp_path)] == [f.name for f in runs.run_folders(tmp_path / "f")] == kept
+    assert len(runs.run_folders(tmp_path / "f" / "a_seed0.old1")) == 1  # asked for by name
