@@ -478,7 +478,7 @@ def numeric_value(text: str, k: int):
     """Value of a normalised formula at the k-th fixed point; None if unclear."""
     try:
         value = _value(_parse(text), k)
-    except (ArithmeticError, RecursionError, MemoryError, SyntaxError, ValueError):
+    except (ArithmeticError, RecursionError, MemoryError, SyntaxError, TypeError, ValueError):
         return None
     return value if abs(value) < math.inf else None
 
