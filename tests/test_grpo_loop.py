@@ -3,16 +3,17 @@
 Runs that are killed happen in child processes made by fork, so that the imports are paid for once. The policy is a
 tiny Llama with the micro model's tokenizer; its reward is one that it can get by chance (a digit in the answer), so
 that there is something to learn."""
-import contextlib, io, math, os, random, signal, statistics, subprocess, sys, time
+import contextlib, io, json, math, os, queue, random, signal, statistics, subprocess, sys, time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np, pytest, torch
+from jupyter_client import KernelManager
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kills
-from cs336_alignment import drgrpo_grader, grpo, grpo_runs, log, models, runs, stacked
+from cs336_alignment import data, drgrpo_grader, grpo, grpo_runs, log, models, runs, stacked
 from cs336_alignment.grpo_runs import RunStopped, run_grpo
 from cs336_alignment.grpo_settings import NAMED, GRPOConfig, grpo_config
 from cs336_alignment.grpo_helper import grpo_microbatch_train_step
@@ -161,6 +162,85 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, python_handles_ctrl_c):
         quiet_train(tmp_path, engine=CallsAt(6, twice))
     assert signal.getsignal(signal.SIGINT) is before
     assert runs.find_checkpoint(run_folder(asdict(CONFIG), tmp_path)).name == "step_00000003"
+
+
+# --- stopped by hand in a notebook
+
+LIVE_SETUP = """
+from types import SimpleNamespace
+from cs336_alignment import grpo_runs
+from cs336_alignment.grpo_runs import run_grpo
+from cs336_alignment.grpo_settings import grpo_config
+from cs336_alignment.runs import load_runs
+grpo_runs.torch.set_num_threads(1)
+grpo_runs.save_policy = lambda *args: None
+live = grpo_config("micro", variant="live", n_grpo_steps=6, eval_every=3, n_eval=16, checkpoint_every=100)
+"""
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    """`run(code, watch)` in a kernel: (what was printed, the error's lines or []). watch(printed) is called meanwhile."""
+    manager = KernelManager()
+    manager.start_kernel(env=os.environ | {"PYTHONPATH": str(data.repo_root())})
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+
+    def run(code, watch=lambda printed: None):
+        asked, printed, error, until = client.execute(code), "", [], time.monotonic() + 120
+        while time.monotonic() < until:
+            with contextlib.suppress(queue.Empty):
+                message = client.get_iopub_msg(timeout=0.02)
+                kind, content = message["msg_type"], message["content"]
+                printed += content.get("text", "")
+                error += [content["ename"], *content["traceback"]] if kind == "error" else []
+                ours = message["parent_header"].get("msg_id") == asked
+                if ours and kind == "status" and content["execution_state"] == "idle":
+                    return printed, error
+            watch(printed)
+        raise TimeoutError(printed)
+
+    run.interrupt = manager.interrupt_kernel
+    assert run(LIVE_SETUP)[1] == []
+    yield run
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def live_cell():
+    cells = json.loads((data.repo_root() / "nbs" / "E7_loop_in_earnest.ipynb").read_text("utf-8"))["cells"]
+    return next(text for c in cells if (text := "".join(c["source"])).startswith("summary = run_grpo(live"))
+
+
+def presses(run, folder, times):
+    """A `watch` that presses ■ when step 2 is logged, and again once the first press was answered, `times` in all."""
+    def watch(printed):
+        lines = (folder / "metrics.jsonl").read_text().count("\n") if (folder / "metrics.jsonl").exists() else 0
+        if len(watch.done) < times and (lines >= 3 if not watch.done else "will stop after this step" in printed):
+            watch.done.append(run.interrupt())
+    watch.done = []
+    return watch
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_live_cell_goes_on_after_it_was_interrupted(notebook, tmp_path, times):
+    place = {n: run_folder(asdict(grpo_config("micro", variant="live")), tmp_path / n) for n in ("stopped", "whole")}
+    notebook(f"home = SimpleNamespace(name={str(tmp_path / 'stopped')!r})")
+    watch = presses(notebook, place["stopped"], times)
+    printed, error = notebook(live_cell(), watch)
+    assert len(watch.done) == times and "will stop after this step" in printed
+    if times == 1:
+        assert error[0] == "SystemExit" and "stopped by hand, safe after step 3" in printed
+        assert runs.find_checkpoint(place["stopped"]).name == "step_00000003"
+    else:
+        assert error[0] == "KeyboardInterrupt" and "stopped at once; the run is safe after step 0" in error[-1]
+        assert sum(len(part.splitlines()) for part in error) < 80  # not the hundred frames of sampling
+    printed, error = notebook(live_cell())
+    assert error == [] and "answer_accuracy  before" in printed and ("goes on after step 3" in printed) == (times == 1)
+    notebook(f"home = SimpleNamespace(name={str(tmp_path / 'whole')!r})")
+    assert notebook(live_cell())[1] == []
+    assert kills.record(place["stopped"]) == kills.record(place["whole"])
 
 
 def fail():
