@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['inference', 'models', 'side_by_side', 'app', 'Option', 'Count', 'Settings', 'GRID', 'NO_CLIP', 'EXPERIMENTS', 'FULL',
            'SEEDS', 'GRPO_RATES', 'STARTS', 'START', 'GSM8K', 'OWN', 'ABOUT', 'grpo_command_config', 'check_problems',
-           'main', 'run_command', 'off_policy', 'variants', 'grpo_start_config', 'experiment_config', 'experiment_runs',
-           'show_runs', 'run_grpo_experiment', 'run_experiment', 'report', 'crossed_configs', 'add_command']
+           'check_experiment', 'main', 'run_command', 'off_policy', 'variants', 'grpo_start_config',
+           'experiment_config', 'experiment_runs', 'show_runs', 'run_grpo_experiment', 'run_experiment', 'report',
+           'crossed_configs', 'add_command']
 
 # %% ../nbs/13_grpo_experiments.ipynb #a4f9d6f6
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -44,10 +45,19 @@ def check_problems(config: GRPOConfig) -> None:
     """Raises ValueError or OSError for data, a prompt or a model that is not there, or prompts that do not fit it."""
     sets = problem_sets(config.train_data, config.eval_data, config.n_eval)
     if (questions := config.rollout_batch_size // config.group_size) > len(sets[0]):
-        raise ValueError(f"{questions:,} questions a step (rollout_batch_size / group_size), but {config.train_data} has "
-                         f"{len(sets[0]):,} to draw from")
+        raise ValueError(f"{questions:,} questions a step (rollout_batch_size / group_size), but {config.train_data} "
+                         f"has {len(sets[0]):,} to draw from")
     template, _ = load_prompt(config.prompt), models.model_dir(config.model)
     inference.check_room(config.model, [fill_prompt(template, p.question) for problems in sets for p in problems])
+
+
+def check_experiment(runs: Sequence[tuple[GRPOConfig, SFTConfig | None]], root: Path | None, look: bool = True) -> None:
+    """Raises ValueError or OSError for runs that could not begin. look: also at data, prompts and models."""
+    for config, _ in runs:
+        check_folder(config, root)
+    different = dict.fromkeys(replace(c, variant="any", seed=0, model=(start or c).model) for c, start in runs)
+    for config in different if look else ():
+        check_problems(config)
 
 # %% ../nbs/13_grpo_experiments.ipynb #a1a3c6de
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -262,13 +272,9 @@ def add_command(name: str) -> None:
         with told():
             changes = parse_changes(settings, "track", "seed", "variant", model=model, n_grpo_steps=steps)
             runs = experiment_runs(name, track, seeds, only, changes)
-            for config, _ in runs:
-                check_folder(config, root)
+            check_experiment(runs, root, look=not dry_run)
         if dry_run:
             return show_runs(runs, root)
-        with told():
-            for config in dict.fromkeys(replace(c, variant="any", seed=0, model=(s or c).model) for c, s in runs):
-                check_problems(config)
         with told(ValueError, OSError, RuntimeError):
             run_experiment(name, runs, root, processes, share)
             if not root and not changes:
