@@ -95,7 +95,6 @@ def finished_lines(out: Path | str | None, plan: list[dict]) -> list[dict]:
     records = read_jsonl(out, torn_ok=True) if out and Path(out).exists() else []
     for i, record in enumerate(records):
         line = plan[i] if i < len(plan) else {"index": "none"}
-        record = record if isinstance(record, dict) else {}
         if differing := [key for key, value in line.items() if record.get(key) != value]:
             raise ValueError(f"{out} holds another evaluation (in line {i + 1} differ: {', '.join(differing)}): "
                              "move it away or choose another file")
