@@ -7,14 +7,14 @@ __all__ = ['pd', 'stats', 'torch', 'inference', 'models', 'runs', 'vllm_engine',
            'N', 'Prompt', 'Model', 'Kind', 'MaxTokens', 'Out', 'wilson', 'last_number_matches', 'summarise',
            'plan_lines', 'finished_lines', 'evaluate_vllm', 'check_lengths', 'graded_chunk', 'keep_lines', 'preset_of',
            'zero_shot_config', 'check_numbers', 'zero_shot', 'evaluate_config', 'first_of_each', 'sweep',
-           'print_metrics', 'sizes', 'plan_runs', 'is_finished', 'check_writable', 'check_copy', 'main',
-           'print_response', 'grid', 'zero_shot_table', 'table_row']
+           'print_metrics', 'sizes', 'plan_runs', 'is_finished', 'check_copy', 'main', 'print_response', 'grid',
+           'zero_shot_table', 'table_row']
 
 # %% ../nbs/05_zero_shot.ipynb #23657f23
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
 # %% ../nbs/05_zero_shot.ipynb #52b73959
-import os, re, sys
+import re, sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Annotated
 import typer
 from tqdm.auto import tqdm
 
-from .cli import Force, Replicas, Root, Seeds, TrackName, later, told
+from .cli import Force, Replicas, Root, Seeds, TrackName, later, only_after_the_command, told
 from .data import DataError, fill_prompt, load_problems, load_prompt, read_jsonl
 from .drgrpo_grader import grade_batch, reward_fn_of
 
@@ -181,7 +181,7 @@ def zero_shot_config(track="pocket", data=None, n=None, prompt=None, seed=0, mod
              "max_tokens": preset.max_tokens if max_tokens is None else max_tokens}
     check_numbers(**asked, seed=seed, chunk_size=chunk_size)
     data, prompt = str(data or preset.test), str(prompt or preset.prompt)
-    names = [re.sub(r"[^\w.+-]+", "_", name) for name in (data, prompt)]  # of a file: its whole path
+    names = [runs.name_part(name) for name in (data, prompt)]
     changes = runs.variant_name({k: v for k, v in asked.items() if v != usual[k]}, "")
     return {"family": "base", "track": track, "variant": "-".join([*names, *[changes] * bool(changes)]), "seed": seed,
             "data": data, "prompt": prompt, **asked, "chunk_size": chunk_size}
@@ -282,17 +282,18 @@ def plan_runs(track: str, data: list, prompts: list, seeds: list[int], model: st
     if engine not in ("auto", "vllm", "transformers"):
         raise ValueError(f"--engine is auto, vllm or transformers, not {engine!r}")
     if root:
-        check_writable(root / "config.json")
+        runs.check_writable(root / "config.json")
     for seed in seeds:
         check_numbers(n or None, 1.0, 1 if max_tokens is None else max_tokens, seed)
-    _ = [load_prompt(name) for name in prompts if name]
-    count = {name: len(load_problems(name, n=n or None)) for name in data if name}
     preset = preset_of(track)
-    count[None] = len(load_problems(preset.test, n=n or None)) if None in data else 0
+    templates = [load_prompt(name or preset.prompt) for name in prompts]
+    problems = {name: load_problems(name or preset.test, n=n or None) for name in data}
     models.model_dir(model or preset.model)
     if engine == "vllm" and (problem := vllm_engine.vllm_problem()):
         raise ValueError(problem)
-    configs = [zero_shot_config(track, d, prompt=p, seed=s, model=model, **sizes(n, max_tokens, count[d]))
+    asked = [fill_prompt(t, p.question) for t in templates for found in problems.values() for p in found]
+    inference.check_room(model or preset.model, asked)
+    configs = [zero_shot_config(track, d, prompt=p, seed=s, model=model, **sizes(n, max_tokens, len(problems[d])))
                for d in data for p in prompts for s in seeds]
     return [(config, is_finished(config, root, force)) for config in configs]
 
@@ -300,24 +301,16 @@ def plan_runs(track: str, data: list, prompts: list, seeds: list[int], model: st
 def is_finished(config: dict, root: Path | None, force: bool) -> bool:
     """Whether there is nothing to do. Raises RunConflict or OSError if the run's folder cannot be used."""
     folder = runs.run_folder(config, root)
-    check_writable(folder / "responses.jsonl")
+    runs.check_writable(folder / "responses.jsonl")
     if force:
         return False
     runs.check_config(folder, config)
     return runs.read_summary(folder) is not None
 
 # %% ../nbs/05_zero_shot.ipynb #4b4d698d
-def check_writable(file: Path) -> None:
-    """Raise OSError if `file` could not be made, as where its folder would be there is a file, or we may not write."""
-    parent = next(folder for folder in file.absolute().parents if folder.exists())
-    if file.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OSError(f"cannot write {file}: {file if file.is_dir() else parent} is "
-                      f"{'a folder' if file.is_dir() else 'no folder that we can write to'}. Choose another place")
-
-
 def check_copy(out: Path) -> None:
     """Raise ValueError or OSError if the responses cannot be written to `out`, or something else stands there."""
-    check_writable(out)
+    runs.check_writable(out)
     if out.exists() and out.stat().st_size:
         with out.open("rb") as file:
             if b'"ground_truth"' not in (line := file.readline()) or b'"response"' not in line:
@@ -330,7 +323,7 @@ def main(ctx: typer.Context, track: TrackName = "pocket", data: Data = None, n: 
          out: Out = Path("results/base/zero_shot_math_evaluation.jsonl"), root: Root = None):
     """Evaluate one prompt with one seed and print the rates; a killed run continues."""
     if ctx.invoked_subcommand:
-        return
+        return only_after_the_command(ctx)
     with told():
         check_copy(out)
         [(c, finished)] = plan_runs(track, [data], [prompt], [seed], model, n, max_tokens, engine, root, force)
@@ -361,8 +354,6 @@ def grid(track: TrackName = "pocket", data: list[str] = ["gsm8k", "gsm_symbolic"
          root: Root = None):
     """Evaluate every combination of --data, --prompt and --seed (repeat an option for several)."""
     with told():
-        if replicas < 1:
-            raise ValueError(f"--replicas is at least 1, not {replicas}")
         planned = plan_runs(track, data, prompt, seed, model, n, max_tokens, engine, root, force)
     configs, finished = zip(*planned)
     start_engine = lambda: vllm_engine.make_engine(configs[0]["model"], kind=engine, replicas=replicas)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inference', 'models', 'side_by_side', 'app', 'Option', 'Count', 'Settings', 'GRID', 'NO_CLIP', 'EXPERIMENTS', 'FULL',
            'SEEDS', 'GRPO_RATES', 'STARTS', 'START', 'GSM8K', 'OWN', 'ABOUT', 'grpo_command_config', 'check_problems',
-           'main', 'only_after_the_command', 'run_command', 'off_policy', 'variants', 'grpo_start_config',
+           'check_experiment', 'main', 'run_command', 'off_policy', 'variants', 'grpo_start_config',
            'experiment_config', 'experiment_runs', 'show_runs', 'run_grpo_experiment', 'run_experiment', 'report',
            'crossed_configs', 'add_command']
 
@@ -13,13 +13,15 @@ __all__ = ['inference', 'models', 'side_by_side', 'app', 'Option', 'Count', 'Set
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
 import typer
 
-from .cli import Changes, GpuShare, Replicas, Root, TrackName, later, parse_changes, stop, told
+from .cli import (Changes, GpuShare, Replicas, Root, Seed, TrackName, later, only_after_the_command,
+                                 parse_changes, stop, told)
 from .data import fill_prompt, load_prompt, problem_sets
 from .grpo_settings import NAMED, PRESETS, GRPOConfig, grpo_config
 from .runs import check_folder, policy_name, publish, read_summary, run_folder, variant_name
@@ -33,8 +35,7 @@ def grpo_command_config(track: str, given: dict[str, Any], data: str | None, nam
     """The configuration that the command's options describe; options that were left out (None) are the track's."""
     if named is not None and named not in NAMED:
         raise ValueError(f"unknown --named {named!r}: choose from {', '.join(NAMED)}")
-    given = {name: value for name, value in given.items() if value is not None}
-    changes = ({"train_data": data, "eval_data": data} if data else {}) | given | parse_changes(settings, "track")
+    changes = ({"train_data": data, "eval_data": data} if data else {}) | parse_changes(settings, "track", **given)
     base = grpo_config(track, **NAMED.get(named, {}))
     name = "-".join(filter(None, [named, variant_name(changes, "", base)])) or "default"
     return grpo_config(track, **({"variant": name} | NAMED.get(named, {}) | changes))
@@ -43,8 +44,20 @@ def grpo_command_config(track: str, given: dict[str, Any], data: str | None, nam
 def check_problems(config: GRPOConfig) -> None:
     """Raises ValueError or OSError for data, a prompt or a model that is not there, or prompts that do not fit it."""
     sets = problem_sets(config.train_data, config.eval_data, config.n_eval)
+    if (questions := config.rollout_batch_size // config.group_size) > len(sets[0]):
+        raise ValueError(f"{questions:,} questions a step (rollout_batch_size / group_size), but {config.train_data} "
+                         f"has {len(sets[0]):,} to draw from")
     template, _ = load_prompt(config.prompt), models.model_dir(config.model)
     inference.check_room(config.model, [fill_prompt(template, p.question) for problems in sets for p in problems])
+
+
+def check_experiment(runs: Sequence[tuple[GRPOConfig, SFTConfig | None]], root: Path | None, look: bool = True) -> None:
+    """Raises ValueError or OSError for runs that could not begin. look: also at data, prompts and models."""
+    for config, _ in runs:
+        check_folder(config, root)
+    different = dict.fromkeys(replace(c, variant="any", seed=0, model=(start or c).model) for c, start in runs)
+    for config in different if look else ():
+        check_problems(config)
 
 # %% ../nbs/13_grpo_experiments.ipynb #a1a3c6de
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -52,7 +65,7 @@ Option, Count = lambda text: typer.Option(help=text), lambda text: typer.Option(
 
 
 @app.callback(invoke_without_command=True)
-def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS))] = "pocket", seed: int = 0,
+def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS))] = "pocket", seed: Seed = None,
          model: Annotated[str | None, Option("the start policy: a model's name or folder")] = None,
          data: Annotated[str | None, Option("gsm_symbolic | gsm8k | math | micro, for training and evaluation")] = None,
          steps: int | None = None, lr: float | None = None,
@@ -72,13 +85,6 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
         check_problems(config)
     run_command(config, root, force, pass_tokens=pass_tokens, compiled=compiled, replicas=replicas,
                 gpu_memory_utilization=gpu_memory_utilization)
-
-# %% ../nbs/13_grpo_experiments.ipynb #309ecb78
-def only_after_the_command(context: typer.Context) -> None:
-    """Refuses options before a command: they would be those of the single run, and do nothing."""
-    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
-    if given:
-        stop(f"--{given[0].replace('_', '-')} belongs behind the command: {context.invoked_subcommand} --…")
 
 # %% ../nbs/13_grpo_experiments.ipynb #b9bdd206
 def run_command(config: GRPOConfig, root: Path | None, force: bool, **options) -> None:
@@ -178,15 +184,15 @@ def experiment_config(track: str, variant: str, settings: Settings, seed: int,
     """One run of an experiment and its start (None: a model as it is); `changes` come last, and into its name."""
     settings = FULL[track] | settings
     name = settings.pop("start", START[track])
-    start = grpo_start_config(track, name, seed) if name and "model" not in changes else None
-    model = {"model": policy_name(start)} if start else {"model": models.TRACKS[track].model}
-    suffix = variant_name({k: v for k, v in changes.items() if k != "model"}, "", grpo_config(track, **settings))
-    return grpo_config(track, **dict(family="grpo_experiments", variant="-".join(filter(None, [variant, suffix])),
-                                     seed=seed) | model | settings | changes), start
+    start = grpo_start_config(track, name, seed) if name else None
+    model = policy_name(start) if start else models.TRACKS[track].model
+    own = dict(family="grpo_experiments", seed=seed, model=model) | settings
+    suffix = variant_name(changes, "", grpo_config(track, **own))
+    config = grpo_config(track, **own | {"variant": "-".join(filter(None, [variant, suffix]))} | changes)
+    return config, None if "model" in changes else start
 
 # %% ../nbs/13_grpo_experiments.ipynb #e630fc87
-def experiment_runs(command: str, track: str, seeds: int | None = None, steps: int | None = None,
-                    only: Sequence[str] = (),
+def experiment_runs(command: str, track: str, seeds: int | None = None, only: Sequence[str] = (),
                     changes: Settings | None = None) -> list[tuple[GRPOConfig, SFTConfig | None]]:
     """All runs of a command, seed by seed. Raises ValueError for an unknown track, variant or setting."""
     if track not in OWN:
@@ -194,8 +200,7 @@ def experiment_runs(command: str, track: str, seeds: int | None = None, steps: i
     table = variants(command, track)
     if unknown := set(only) - set(table):
         raise ValueError(f"{command} has no variant {', '.join(sorted(unknown))}; there are: {', '.join(table)}")
-    changes = ({} if steps is None else {"n_grpo_steps": steps}) | (changes or {})
-    return [experiment_config(track, name, settings, seed, **changes)
+    return [experiment_config(track, name, settings, seed, **changes or {})
             for seed in range(seeds or SEEDS[track]) for name, settings in table.items() if not only or name in only]
 
 
@@ -265,15 +270,14 @@ def add_command(name: str) -> None:
                 share: GpuShare = 0.05,
                 dry_run: Annotated[bool, Option("only print the runs")] = False):
         with told():
-            changes = parse_changes(settings, "track", "seed", "variant", "model", "n_grpo_steps")
-            changes |= {"model": model} if model else {}
-            runs = experiment_runs(name, track, seeds, steps, only, changes)
-            check_folder(runs[0][0], root), model and models.model_dir(model)
+            changes = parse_changes(settings, "track", "seed", "variant", model=model, n_grpo_steps=steps)
+            runs = experiment_runs(name, track, seeds, only, changes)
+            check_experiment(runs, root, look=not dry_run)
         if dry_run:
             return show_runs(runs, root)
         with told(ValueError, OSError, RuntimeError):
             run_experiment(name, runs, root, processes, share)
-            if not root and not changes and steps is None:
+            if not root and not changes:
                 print("published:", publish(f"grpo_experiments_{track}"))
 
     app.command(name, help=ABOUT[name])(command)

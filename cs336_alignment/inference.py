@@ -209,14 +209,13 @@ def make_requests(prompts: Prompts, sampling: SamplingParams, tokenizer: Tokeniz
     return requests
 
 # %% ../nbs/04_sampling.ipynb #a44c4d6f
-def check_room(model: str | Path, texts: Sequence[str], response: bool = True) -> None:
-    """Raises ValueError if the longest of `texts` does not fit the model's context; reads no weights.
-
-    response: whether a token of a response has to fit, too (prompts), or nothing (prompts with their responses)."""
+def check_room(model: str | Path, texts: Sequence[str]) -> None:
+    """Raises ValueError if `texts` and one more token do not fit the model's context; reads no weights."""
     folder = model_dir(model)
     context = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or float("inf")
-    longest = max(map(len, AutoTokenizer.from_pretrained(folder)(sorted(texts, key=len)[-16:]).input_ids))
-    if longest + response > context:
+    tokenize = AutoTokenizer.from_pretrained(folder)
+    longest = max(map(len, tokenize(sorted(texts, key=len)[-16:], verbose=False).input_ids))
+    if longest + 1 > context:
         raise ValueError(f"a prompt has {longest} tokens, but the context of {model} is {context}: "
                          "choose a shorter prompt or another model")
 

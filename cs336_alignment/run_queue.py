@@ -23,9 +23,9 @@ from typing import Annotated
 import typer
 
 # %% ../nbs/E6_queue.ipynb #f5ccbf9c
-from .cli import later, stop
+from .cli import later, told
 from .data import load_problems, repo_root
-from .runs import policy_name, publish, run_folder, run_folders
+from .runs import check_writable, policy_name, publish, run_folder, run_folders
 from .sft_math_reasoning import (SIZES, benchmark_configs, best_tuning, filter_traces,
                                                 gsm8k_config, long_config, make_traces, quality_configs, sft,
                                                 sft_config, tuning_configs)
@@ -275,14 +275,15 @@ def publish_all(root: Path) -> None:
 
 
 def check_arguments(stages: list[str], seeds: str, track: str) -> list[int]:
-    """The seeds as numbers. Raises ValueError for an unknown stage or track, or seeds that are no numbers."""
+    """The seeds as numbers. Raises ValueError for an unknown stage or track, or seeds that are no different numbers."""
     if unknown := sorted(set(stages) - set(STAGES)):
         raise ValueError(f"unknown stage {', '.join(unknown)}; there are: {', '.join(STAGES)}")
     if track not in TRACED:
         raise ValueError(f"unknown track {track!r}: choose from {', '.join(TRACED)}")
-    if not all(s.strip().isdigit() for s in seeds.split(",")):
-        raise ValueError(f"--seeds are numbers with commas between, such as 0,1,2,3, not {seeds!r}")
-    return [int(s) for s in seeds.split(",")]
+    numbers = [int(s) if s.strip().isdecimal() else -1 for s in seeds.split(",")]
+    if min(numbers) < 0 or max(numbers) >= 2**32 or len(set(numbers)) < len(numbers):
+        raise ValueError(f"--seeds are numbers with commas between, each once, such as 0,1,2,3, not {seeds!r}")
+    return numbers
 
 # %% ../nbs/E6_queue.ipynb #9a98c331
 def main(
@@ -293,17 +294,18 @@ def main(
     seeds: str = "0,1,2,3",
     root: Path = Path("results/runs"),
     compiled: bool | None = None,
-    replicas: Annotated[int, typer.Option(help="vLLM engines of each process")] = 1,
-    share: Annotated[float, typer.Option(help="of a GPU's memory, for each engine")] = 0.05,
+    replicas: Annotated[int, typer.Option(min=1, help="vLLM engines of each process")] = 1,
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="of a GPU's memory, for each engine")] = 0.05,
     vllm: Annotated[dict, typer.Option(parser=json.loads, help="more options for vLLM, as JSON")] = "{}",
     seed: Annotated[int | None, typer.Option(help="only this one, in this process", hidden=True)] = None,
 ) -> None:
     """Runs the stages; the output of each process goes to ROOT/logs/seed<k>.log."""
     stages = stages or list(STAGES)
-    try:
+    with told():
         numbers = check_arguments(stages, seeds, track)
-    except ValueError as error:
-        stop(error)
+        check_writable(root / "logs" / "seed.log")
+        if not isinstance(vllm, dict) or seed not in (None, *numbers):
+            raise ValueError("--vllm takes a JSON object, and --seed one of --seeds")
     compiled = torch.cuda.is_available() if compiled is None else compiled
     if seed is not None:
         return work(seed, numbers, stages, track, root, compiled, replicas, share, vllm)
@@ -325,4 +327,6 @@ def run_all_seeds(command: list[str], seeds: list[int], root: Path) -> int:
 
 # %% ../nbs/E6_queue.ipynb #6c679246
 if __name__ == "__main__" and "__file__" in globals():
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -5,28 +5,29 @@
 # %% auto #0
 __all__ = ['RUN_KEYS', 'Positive', 'Count', 'Rate', 'NonNegative', 'Share', 'NOT_FINITE', 'BAR_METRICS', 'BAR_FORMAT', 'LOGS',
            'FIRST', 'LAST', 'KEPT_LINES', 'KEPT_STEPS', 'KEPT_QUESTIONS', 'MANY', 'INDEX_HEAD', 'RunConflict',
-           'run_folder', 'check_folder', 'policy_name', 'Config', 'make_config', 'name_part', 'variant_name',
-           'append_jsonl', 'write_text', 'write_json', 'read_json', 'json_safe', 'from_json_safe', 'installed_versions',
-           'environment', 'Run', 'wall_s', 'DiskFull', 'is_disk_full', 'guarded', 'log_metrics', 'read_metrics',
-           'log_rollouts', 'bar_numbers', 'show_numbers', 'seen_by_someone', 'training_steps', 'say_once', 'Mirror',
-           'wandb_mode', 'open_mirror', 'serve_mirror', 'start_mirror', 'mirror_metrics', 'stop_mirror',
-           'batch_indices', 'seed_everything', 'rng_state', 'set_rng_state', 'portable', 'sync', 'sync_logs',
-           'is_checkpoint', 'write_checkpoint', 'save_checkpoint', 'find_checkpoint', 'rewind', 'read_state',
-           'restore_checkpoint', 'read_summary', 'read_config', 'check_config', 'move_aside', 'note_environment',
-           'only_writer', 'open_run', 'begin_or_continue', 'say', 'finish_run', 'summarise_log', 'find_results',
-           'run_folders', 'published_families', 'evaluated_on', 'run_row', 'as_cell', 'from_cell', 'differing',
-           'write_table', 'read_table', 'rounded', 'published_line', 'published_rollout', 'kept_lines', 'kept_rollouts',
-           'write_rollouts', 'read_rollouts', 'Published', 'read_published', 'publishable', 'publish', 'index_line',
-           'write_index', 'load_run', 'load_runs', 'run_table', 'load_rollouts', 'command']
+           'run_folder', 'check_writable', 'check_folder', 'policy_name', 'Config', 'make_config', 'name_part',
+           'variant_name', 'sweep_names', 'append_jsonl', 'write_text', 'write_json', 'read_json', 'json_safe',
+           'from_json_safe', 'installed_versions', 'environment', 'Run', 'wall_s', 'DiskFull', 'is_disk_full',
+           'guarded', 'log_metrics', 'read_metrics', 'log_rollouts', 'bar_numbers', 'show_numbers', 'seen_by_someone',
+           'training_steps', 'say_once', 'Mirror', 'wandb_mode', 'open_mirror', 'serve_mirror', 'start_mirror',
+           'mirror_metrics', 'stop_mirror', 'batch_indices', 'seed_everything', 'rng_state', 'set_rng_state',
+           'portable', 'sync', 'sync_logs', 'is_checkpoint', 'write_checkpoint', 'save_checkpoint', 'find_checkpoint',
+           'rewind', 'read_state', 'restore_checkpoint', 'read_summary', 'read_config', 'check_config', 'move_aside',
+           'note_environment', 'only_writer', 'open_run', 'begin_or_continue', 'say', 'finish_run', 'summarise_log',
+           'find_results', 'run_folders', 'published_families', 'evaluated_on', 'run_row', 'as_cell', 'from_cell',
+           'differing', 'write_table', 'read_table', 'rounded', 'published_line', 'published_rollout', 'kept_lines',
+           'kept_rollouts', 'write_rollouts', 'read_rollouts', 'Published', 'read_published', 'publishable', 'publish',
+           'index_line', 'write_index', 'load_run', 'load_runs', 'run_table', 'load_rollouts', 'command']
 
 # %% ../nbs/E4_runs.ipynb #578c4539
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
 # %% ../nbs/E4_runs.ipynb #1bb73958
-import csv, errno, hashlib, io, json, math, os, random, re
+import csv, difflib, errno, hashlib, io, json, math, os, random, re
 import shutil, subprocess, sys, threading, time
+from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -57,19 +58,24 @@ def run_folder(config: "dict | Config", root: Path | str | None = None) -> Path:
     missing = [k for k in RUN_KEYS if k not in config]
     if missing:
         raise ValueError(f"a run's configuration needs {', '.join(RUN_KEYS)}; {', '.join(missing)} missing")
-    if bad := [config[k] for k in RUN_KEYS[:3] if not str(config[k]) or {"/", "\\"} & set(str(config[k]))]:
+    unfit = lambda text: not text.isprintable() or not text.strip() or text[0] == "." or {"/", "\\"} & set(text)
+    if bad := [config[k] for k in RUN_KEYS[:3] if unfit(str(config[k]))]:
         raise ValueError(f"{bad[0]!r} cannot be part of a folder's name")
     root = repo_root() / "results" / "runs" if root is None else Path(root)
     return root / f"{config['family']}_{config['track']}" / f"{config['variant']}_seed{config['seed']}"
 
 # %% ../nbs/E4_runs.ipynb #4182bf6b
+def check_writable(file: Path) -> None:
+    """Raise OSError if `file` could not be made, as where its folder would be there is a file, or we may not write."""
+    parent = next(folder for folder in file.absolute().parents if folder.exists())
+    if file.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OSError(f"cannot write {file}: {file if file.is_dir() else parent} is "
+                      f"{'a folder' if file.is_dir() else 'no folder that we can write to'}. Choose another place")
+
+
 def check_folder(config: "dict | Config", root: Path | str | None = None) -> None:
-    """Raises ValueError if a run of this configuration could not be written: its name, a file in the way, no right."""
-    there = next(path for path in (run_folder(config, root), *run_folder(config, root).parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"{there} is a file, but run folders are to go into it: name another --root")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"{there} cannot be written: name another --root")
+    """Raises ValueError or OSError if a run of this configuration could not be written: its name, or its place."""
+    check_writable(run_folder(config, root) / "config.json")
 
 # %% ../nbs/E4_runs.ipynb #2e2d1f72
 def policy_name(config: "dict | Config") -> str:
@@ -81,7 +87,7 @@ Positive = Annotated[int, Field(ge=1)]  # whole numbers of things
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 @cache
@@ -95,13 +101,11 @@ class Config:
     family: str
     track: str
     variant: str
-    seed: Count
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
 
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{f.name} = {value}: a number is needed that is finite")
             try:
                 _checker(f.type).validate_python(value, strict=True)
             except ValidationError as error:
@@ -112,16 +116,19 @@ def make_config(kind: type[Config], **settings) -> Config:
     """A configuration from settings by name. Raises ValueError for a name that `kind` has not, listing those it has."""
     known = [f.name for f in fields(kind)]
     if unknown := sorted(settings.keys() - set(known)):
-        raise ValueError(f"unknown setting {', '.join(unknown)}; there are: {', '.join(known)}")
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        raise ValueError(f"unknown setting {', '.join(unknown)}{f' (is it {near[0]}?)' if near else ''}; "
+                         f"there are: {', '.join(known)}")
     return kind(**settings)
 
 # %% ../nbs/E4_runs.ipynb #bfb54289
 def name_part(value: Any) -> str:
-    """A value as part of a name: different values, different names. What a name cannot hold is replaced, and told apart
-    by a digest."""
+    """A value as part of a name: different values, different names. What a name cannot hold, or would take for the next
+    setting, is replaced, and told apart by a digest, as is what is too long."""
     text = (f"{value:g}" if float(f"{value:g}") == value else repr(value)) if isinstance(value, float) else str(value)
-    plain = re.sub(r"[^\w.+-]+", "_", text)
-    return plain if plain == text else f"{plain}.{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    plain = re.sub(r"^\.|[^\w.+-]+|-(?=\D)", "_", text)
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:6]
+    return plain if plain == text and len(text) <= 60 else f"{plain[-40:].lstrip('.')}.{digest}"
 
 
 def variant_name(changes: dict, default: str = "default", preset: Config | None = None) -> str:
@@ -131,6 +138,12 @@ def variant_name(changes: dict, default: str = "default", preset: Config | None 
     changes = {k: v for k, v in changes.items()
                if k not in RUN_KEYS and (preset is None or getattr(preset, k, None) != v)}
     return "-".join(f"{name}{name_part(value)}" for name, value in changes.items()) or default
+
+# %% ../nbs/E4_runs.ipynb #5c1de0a7
+def sweep_names(configs: Sequence[Config], changes: dict) -> list[Config]:
+    """The runs of a sweep with `changes`, which its names would not tell, added to their names."""
+    suffix = variant_name(changes, "")
+    return [replace(c, variant=f"{c.variant}-{suffix}") if suffix else c for c in configs]
 
 # %% ../nbs/E4_runs.ipynb #7980aa6f
 def _plain(obj: Any) -> Any:

@@ -7,8 +7,8 @@ __all__ = ['inference', 'log', 'models', 'packing', 'vllm_engine', 'transformers
            'TRACE_FILE', 'FILTERED_FILE', 'SFTConfig', 'track_of', 'sft_config', 'trace_pairs', 'sft_problems',
            'training_pairs', 'evaluate_and_log', 'sft', 'sft_steps', 'update_count', 'training_metrics', 'run_all',
            'make_traces', 'filter_traces', 'quality_configs', 'tuning_configs', 'best_tuning', 'long_config',
-           'gsm8k_config', 'benchmark_configs', 'sft_command_config', 'main', 'sweep', 'tune', 'quality',
-           'filter_command', 'traces']
+           'gsm8k_config', 'benchmark_configs', 'sft_command_config', 'check_runs', 'sft_texts', 'main', 'sweep',
+           'tune', 'quality', 'filter_command', 'traces']
 
 # %% ../nbs/08_sft.ipynb #a3b0a967
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -18,21 +18,23 @@ import json
 import math
 import random
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .cli import Changes, GpuShare, Replicas, Root, Seeds, TrackName, later, parse_changes, told
+from .cli import (Changes, GpuShare, Replicas, Root, Seed, Seeds, TrackName, later,
+                                 only_after_the_command, parse_changes, told)
 from .data import (DataError, Problem, fill_prompt, load_problems, load_prompt, problem_sets,
                                   read_records, teacher_response, trace_record)
 from .drgrpo_grader import grade_batch, r1_zero_reward_fn
 from .runs import (Config, Count, NonNegative, Positive, Rate, Share, batch_indices, check_folder,
-                                  finish_run, log_metrics, make_config, name_part, open_run, policy_name,
-                                  restore_checkpoint, run_table, save_checkpoint, seed_everything, training_steps,
-                                  variant_name, write_text)
+                                  check_writable, finish_run, log_metrics, make_config, name_part, open_run,
+                                  policy_name, restore_checkpoint, run_table, save_checkpoint, seed_everything,
+                                  sweep_names, training_steps, variant_name, write_text)
 
 inference, log, models = (later(f"cs336_alignment.{name}") for name in ("inference", "log", "models"))
 packing, vllm_engine = later("cs336_alignment.packing"), later("cs336_alignment.vllm_engine")
@@ -287,7 +289,7 @@ def tuning_configs(
             }
             | changes,
         )
-        for rate, size in product(rates or SFT_RATES[track], sizes)
+        for rate, size in product(rates or SFT_RATES[track_of(track).name], sizes)
     ]
 
 # %% ../nbs/08_sft.ipynb #f34eb309
@@ -326,15 +328,32 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
                   help="Supervised finetuning on reasoning traces (CS336 assignment 5, §4.3).")
 
 # %% ../nbs/08_sft.ipynb #f5dcd8fe
-def sft_command_config(
-    track: str, n: int | None, seed: int, traces: Path | None, variant: str | None, changes: dict
-) -> SFTConfig:
-    """The configuration that the command's options describe. Without a variant the name says what
-    differs from the preset."""
-    differs = variant_name(changes, "", sft_config(track, n, seed))
-    name = "-".join(filter(None, [traces and name_part(str(traces)), f"n{n or 'all'}", differs]))
-    given = {"traces": str(traces)} if traces else {}
-    return sft_config(track, n, seed, **{"variant": variant or name} | given | changes)
+def sft_command_config(track: str, changes: dict) -> SFTConfig:
+    """The track's preset with `changes`, of options and --set. Without a variant the name says what differs."""
+    examples = changes.get("traces") and name_part(changes["traces"]), f"n{changes.get('n_train') or 'all'}"
+    others = {name: value for name, value in changes.items() if name not in ("traces", "n_train")}
+    variant = "-".join(filter(None, [*examples, variant_name(others, "", sft_config(track))]))
+    return sft_config(track, **{"variant": variant} | changes)
+
+
+def check_runs(configs: Sequence[Config], root: Path | None, texts: Callable[[Config], list[str]]) -> None:
+    """Raises ValueError or OSError if one of the runs could not begin; nothing is made, and no weights are read.
+
+    texts: the prompts of a run, with the responses to learn from, all of which have to fit the model."""
+    for config in configs:
+        check_folder(config, root)
+    different = dict.fromkeys(replace(config, variant="any", seed=0) for config in configs)
+    read = dict.fromkeys((config.model, *texts(config)) for config in different)
+    for model, *_ in read:
+        models.model_dir(model)
+    for model, *prompts in read:  # the last, as it takes the seconds that torch does
+        inference.check_room(model, prompts)
+
+
+def sft_texts(config: SFTConfig) -> list[str]:
+    """What has to fit the model in a finetuning run: examples, and prompts of the evaluation."""
+    template, problems = load_prompt(config.prompt), sft_problems(config)[1]
+    return [p + r for p, r in training_pairs(config)] + [fill_prompt(template, p.question) for p in problems]
 
 # %% ../nbs/08_sft.ipynb #ee1568be
 @app.callback(invoke_without_command=True)
@@ -342,7 +361,7 @@ def main(
     ctx: typer.Context,
     track: TrackName = "pocket",
     n: Annotated[int | None, typer.Option(help="unique examples")] = None,
-    seed: int = 0,
+    seed: Seed = None,
     traces: Annotated[Path | None, typer.Option(help="a file of traces instead of worked solutions")] = None,
     variant: Annotated[str | None, typer.Option(help="the run's name")] = None,
     set_: Changes = [],
@@ -353,14 +372,11 @@ def main(
 ):
     """Finetune one policy, keep it under the run's name, and print its accuracy before and after."""
     if ctx.invoked_subcommand:
-        return
+        return only_after_the_command(ctx)
     with told():  # mistakes show before anything is loaded
-        changes = parse_changes(set_, "track", "seed", "n_train", "traces")
-        config = sft_command_config(track, n, seed, traces, variant, changes)
-        check_folder(config, root)
-        pairs = training_pairs(config)
-        models.model_dir(config.model)
-        inference.check_room(config.model, [prompt + response for prompt, response in pairs], response=False)
+        options = dict(n_train=n, seed=seed, traces=traces and str(traces), variant=variant)
+        config = sft_command_config(track, parse_changes(set_, "track", **options))
+        check_runs([config], root, sft_texts)
     with told():
         run_all([config], root, force, True, replicas, gpu_memory_utilization)
     print(f"policy: {policy_name(asdict(config))} (a name for --model)")
@@ -381,8 +397,8 @@ def sweep(
     """Finetune on {128, 256, 512, 1024, all} unique examples, several seeds each (a size of 0 means all)."""
     with told():
         changes = parse_changes(set_, "track", "seed", "n_train", "variant")
-        configs = [sft_config(track, n or None, s, **changes) for s in seed for n in size]
-        check_folder(configs[0], root)
+        configs = sweep_names([sft_config(track, n or None, s, **changes) for s in seed for n in size], changes)
+        check_runs(configs, root, sft_texts)
         run_all(configs, root, force, keep, replicas, gpu_memory_utilization)
 
 # %% ../nbs/08_sft.ipynb #1bbfa83b
@@ -399,9 +415,10 @@ def tune(
 ):
     """Compare learning rates and batch sizes on held-back training problems."""
     with told():
-        changes = parse_changes(set_, "track", "seed", "n_train", "variant")
-        configs = [c for s in seed for c in tuning_configs(track, n_train=n, seed=s, **changes)]
-        check_folder(configs[0], root)
+        changes = parse_changes(set_, "track", "seed", "variant", "learning_rate", "batch_size", n_train=n)
+        configs = [c for s in seed for c in tuning_configs(track, **{"n_train": None, "seed": s} | changes)]
+        configs = sweep_names(configs, changes)
+        check_runs(configs, root, sft_texts)
         run_all(configs, root, force, False, replicas, gpu_memory_utilization)
 
 # %% ../nbs/08_sft.ipynb #44f8cc05
@@ -420,9 +437,10 @@ def quality(
     with told():
         changes = parse_changes(set_, "track", "seed", "n_train", "traces", "variant")
         filtered = raw.with_name(f"{raw.stem}_filtered.jsonl")
+        check_runs([sft_config(track, traces=str(raw), **changes)], root, sft_texts)  # before a file is written
         print(f"{filtered}: {filter_traces(raw, filtered)}")
         configs = [c for s in seed for c in quality_configs(track, raw, filtered, s, **changes)]
-        check_folder(configs[0], root)
+        configs = sweep_names(configs, {"traces": str(raw)} | changes)
         run_all(configs, root, force, False, replicas, gpu_memory_utilization)
 
 # %% ../nbs/08_sft.ipynb #6ca93fed
@@ -434,6 +452,7 @@ FILTERED_FILE = Path("data/math12k/sft/sft_gpt-oss-120b_filtered.jsonl")
 def filter_command(path: Path = typer.Argument(TRACE_FILE), out: Path = typer.Argument(FILTERED_FILE)):
     """Copy the traces whose answer is right from PATH to OUT."""
     with told():
+        check_writable(out)
         counts = filter_traces(path, out)
     print(f"{out}: {counts['kept']:,} of {counts['read']:,} traces; left out: {counts['wrong']:,} wrong, "
           f"{counts['without_tags']:,} without tags")
@@ -445,7 +464,7 @@ def traces(
     out: Path,
     track: TrackName = "pocket",
     n: int | None = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     replicas: Replicas = 1,
     gpu_memory_utilization: GpuShare = 0.8,
 ):
@@ -453,7 +472,9 @@ def traces(
     with told():
         config = sft_config(track, n, seed)
         problems = load_problems(config.data, "train", n or config.pool)
-        models.model_dir(model)
+        check_writable(out), models.model_dir(model)
+        template = load_prompt(config.prompt)
+        inference.check_room(model, [fill_prompt(template, p.question) for p in problems])
         with vllm_engine.make_engine(model, replicas=replicas, gpu_memory_utilization=gpu_memory_utilization) as engine:
             print(f"{out}: {make_traces(engine, problems, config.prompt, out, config.max_tokens, seed)}")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inference', 'models', 'packing', 'EI_PRESETS', 'VARIATIONS', 'EI_RATES', 'app', 'EIConfig', 'ei_config',
            'sample_groups', 'select_correct', 'rate_factor', 'finetune', 'ei_step', 'ei_steps', 'ei_problems',
-           'expert_iteration', 'variation_configs', 'rate_configs', 'ei_command_config', 'main', 'sweep']
+           'expert_iteration', 'variation_configs', 'rate_configs', 'ei_command_config', 'ei_texts', 'main', 'sweep']
 
 # %% ../nbs/09_expert_iteration.ipynb #163b46d7
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -20,13 +20,14 @@ from typing import Literal
 
 import typer
 
-from .cli import Changes, GpuShare, Replicas, Root, Seeds, TrackName, later, parse_changes, told
+from .cli import (Changes, GpuShare, Replicas, Root, Seed, Seeds, TrackName, later,
+                                 only_after_the_command, parse_changes, told)
 from .data import Problem, fill_prompt, load_prompt
 from .drgrpo_grader import grade_batch, reward_fn_of
-from .runs import (batch_indices, check_folder, Config, finish_run, log_metrics, make_config,
-                                  NonNegative, open_run, policy_name, Positive, Rate, restore_checkpoint,
-                                  save_checkpoint, seed_everything, training_steps, variant_name)
-from .sft_math_reasoning import evaluate_and_log, run_all, sft_problems, track_of
+from .runs import (Config, NonNegative, Positive, Rate, batch_indices, finish_run, log_metrics,
+                                  make_config, open_run, policy_name, restore_checkpoint, save_checkpoint,
+                                  seed_everything, sweep_names, training_steps, variant_name)
+from .sft_math_reasoning import check_runs, evaluate_and_log, run_all, sft_problems, track_of
 
 inference, models, packing = (later(f"cs336_alignment.{name}") for name in ("inference", "models", "packing"))
 
@@ -260,23 +261,27 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
                   help="Expert iteration on mathematics problems (CS336 assignment 5, §5).")
 
 # %% ../nbs/09_expert_iteration.ipynb #004a143f
-def ei_command_config(track: str, seed: int, changes: dict) -> EIConfig:
-    """The configuration that the command's options describe. Without a variant the name says what
-    differs from the preset."""
-    return ei_config(track, seed, **{"variant": variant_name(changes, "base", ei_config(track, seed))} | changes)
+def ei_command_config(track: str, changes: dict) -> EIConfig:
+    """The track's preset with `changes`, of options and --set. Without a variant the name says what differs."""
+    preset = ei_config(track, changes.get("seed", 0))
+    return ei_config(track, **{"variant": variant_name(changes, "base", preset)} | changes)
+
+
+def ei_texts(config: EIConfig) -> list[str]:
+    """The prompts of a run, for `check_runs`."""
+    template = load_prompt(config.prompt)
+    return [fill_prompt(template, p.question) for problems in ei_problems(config) for p in problems]
 
 # %% ../nbs/09_expert_iteration.ipynb #58f3296b
 @app.callback(invoke_without_command=True)
-def main(ctx: typer.Context, track: TrackName = "pocket", seed: int = 0, set_: Changes = [], replicas: Replicas = 1,
+def main(ctx: typer.Context, track: TrackName = "pocket", seed: Seed = None, set_: Changes = [], replicas: Replicas = 1,
          gpu_memory_utilization: GpuShare = 0.4, force: bool = False, root: Root = None):
     """Five expert-iteration steps from a finetuned policy (on the micro track: from the pretrained one)."""
     if ctx.invoked_subcommand:
-        return
+        return only_after_the_command(ctx)
     with told():  # mistakes show before anything is loaded
-        config = ei_command_config(track, seed, parse_changes(set_, "track", "seed"))
-        check_folder(config, root), models.model_dir(config.model)
-        template, sets = load_prompt(config.prompt), ei_problems(config)
-        inference.check_room(config.model, [fill_prompt(template, p.question) for problems in sets for p in problems])
+        config = ei_command_config(track, parse_changes(set_, "track", seed=seed))
+        check_runs([config], root, ei_texts)
     with told():
         run_all([config], root, force, True, replicas, gpu_memory_utilization, expert_iteration)
 
@@ -287,8 +292,8 @@ def sweep(track: TrackName = "pocket", seed: Seeds = [0, 1, 2, 3], set_: Changes
     """Vary G, the epochs per step and |D_b|, one at a time, several seeds each."""
     with told():
         changes = parse_changes(set_, "track", "seed", "variant")
-        configs = [c for s in seed for c in variation_configs(track, s, **changes)]
-        check_folder(configs[0], root)
+        configs = sweep_names([c for s in seed for c in variation_configs(track, s, **changes)], changes)
+        check_runs(configs, root, ei_texts)
         run_all(configs, root, force, keep, replicas, gpu_memory_utilization, expert_iteration)
 
 # %% ../nbs/09_expert_iteration.ipynb #2d467321

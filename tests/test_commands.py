@@ -1,4 +1,5 @@
 """Commands answer `--help` and slips at once, which is a matter of what they have imported by then."""
+import json
 import os
 import subprocess
 import sys
@@ -76,17 +77,32 @@ SFT, EI, GRPO = "sft_math_reasoning", "sft_math_reasoning_ei", "grpo_experiments
     (GRPO, ["--set", "kl_coef=-.1"], "kl_coef = -0.1"), (GRPO, ["--steps", "0"], "n_grpo_steps = 0"),
     (GRPO, ["--set", "loss_type=ppo"], "loss_type = 'ppo'"), (GRPO, ["--set", "nope=1"], "there are: family, track"),
     (GRPO, ["--set", "overlap=maybe"], "overlap = 'maybe'"), (GRPO, ["--track", "nope"], "nope"), (GRPO, ["--named", "ppo"], "ppo"),
-    (SFT, ["--set", "seed=1"], "--set seed: this command has an option"), (SFT, ["--set", "n_train=16"], "--set n_train: this command"),
-    (SFT, ["--set", "track=pocket"], "--set track: this command"), (EI, ["--set", "seed=1"], "--set seed: this command"),
-    (EI, ["--set", "track=pocket"], "--set track: this command"), (GRPO, ["--set", "track=pocket"], "--set track: this command"),
-    (GRPO, ["--lr", "nan"], "learning_rate = nan: a number is needed"), (SFT, ["--set", "temperature=Infinity"], "temperature = inf: a number"),
-    (EI, ["--set", "learning_rate=NaN"], "learning_rate = nan: a number"), (GRPO, ["--set", "cliprange=-Infinity"], "cliprange = -inf: a number"),
+    *[(command, ["--set", "track=pocket"], "--set track: this command has an option") for command in (SFT, EI, GRPO)],
+    (SFT, ["--set", "seed=1", "--seed", "1"], "seed is given twice"), (SFT, ["--set", "n_train=16", "--n", "8"], "n_train is given twice"),
+    (SFT, ["--set", "variant=a", "--variant", "a"], "variant is given twice"), (SFT, ["--set", "traces=a", "--traces", "a"], "traces is given twice"),
+    (EI, ["--set", "seed=1", "--seed", "0"], "seed is given twice"), (GRPO, ["--set", "seed=1", "--seed", "0"], "seed is given twice"),
+    (GRPO, ["--set", "model=micro", "--model", "nope"], "model is given twice"), (GRPO, ["--set", "learning_rate=1", "--lr", "2"], "learning_rate is given"),
+    (GRPO, ["--set", "n_grpo_steps=1", "--steps", "1"], "n_grpo_steps is given twice"), (GRPO, ["--set", "epochs", "--steps", "1"], "name=value"),
+    (EI, ["--set", "epochs=1", "--set", "epochs=1"], "epochs is given twice"), (EI, ["--set", "=1"], "name=value, not '=1'"),
+    (GRPO, ["--lr", "nan"], "learning_rate = nan: Input should be a finite number"), (SFT, ["--set", "temperature=Infinity"], "= inf: Input should be a finite"),
+    (EI, ["--set", "learning_rate=NaN"], "= nan: Input should be a finite"), (GRPO, ["--set", "cliprange=-Infinity"], "= -inf: Input should be a finite"),
+    (GRPO, ["--set", "temperature=inf"], "= inf: Input should be a finite"), (SFT, ["--set", "learning_rate=-inf"], "= -inf: Input should be a finite"),
+    (SFT, ["--set", "warmup=nan"], "warmup = nan: Input should be a finite"), (EI, ["--set", "pool=inf"], "pool = inf: Input should be a valid integer"),
+    (GRPO, ["--lr", "inf"], "= inf: Input should be a finite"), (GRPO, ["--set", "clip_high=nan"], "clip_high = nan: Input should be a finite"),
+    (SFT, ["--seed", "-1"], "seed = -1"), (EI, ["--seed", "-1"], "seed = -1"), (GRPO, ["--seed", "-1"], "seed = -1"),
+    (SFT, ["--seed", "99999999999999999999"], "seed = 99999999999999999999"), (EI, ["--set", "seed=4294967296"], "seed = 4294967296"),
+    (SFT, ["--n", "0"], "n_train = 0"), (SFT, ["--n", "99999999"], "n_train = 99,999,999, but micro has"), (EI, ["--set", "pool=64"], "questions = 128 a step"),
+    (GRPO, ["--set", "rollout_batch_size=2560000"], "320,000 questions a step"), (SFT, ["--set", "learning_rat=1"], "learning_rat (is it learning_rate?)"),
+    (GRPO, ["--set", "lerning_rate=1"], "is it learning_rate?"), (EI, ["--set", "question=8"], "is it questions?"),
+    *[(command, ["--set", f"variant={name}"], f"{name!r} cannot be part") for command in (SFT, EI, GRPO) for name in ("", "..", ".x")],
+    (SFT, ["--variant", ""], "'' cannot be part"), (SFT, ["--variant", ".."], "'..' cannot be part"), (EI, ["--set", "family=.."], "'..' cannot be part"),
     (SFT, ["--set", "model=nope"], "no model 'nope'"), (EI, ["--set", "model=nope"], "no model 'nope'"), (GRPO, ["--model", "nope"], "no model 'nope'"),
     (GRPO, ["--set", "model=nope"], "no model 'nope'"), (GRPO, ["--model", "runs/nope_seed0x"], "no model"),
     (SFT, ["--set", "variant=a/b"], "'a/b' cannot be part"), (EI, ["--set", "variant=a/b"], "'a/b' cannot be part"),
     (GRPO, ["--set", "variant=a/b"], "'a/b' cannot be part"), (GRPO, ["--variant", "a/b"], "'a/b' cannot be part"),
     (GRPO, ["--set", "family="], "'' cannot be part"), (EI, ["--set", "questions=99999999"], "questions = 99,999,999 a step, but micro has"),
-    ("run_queue", ["nope"], "there are: tune"), ("run_queue", ["sft", "--seeds", "a"], "0,1,2,3"),
+    ("run_queue", ["nope"], "there are: tune"), *[("run_queue", ["sft", "--seeds", s], "0,1,2,3") for s in ("a", "", "-1", "0,0", "²", "4294967296")],
+    ("run_queue", ["sft", "--seed", "9"], "--seed one of --seeds"), ("run_queue", ["sft", "--vllm", "[1]"], "takes a JSON object"),
 ])
 def test_a_setting_that_cannot_be_is_one_line_and_leaves_nothing(command, args, expected, tmp_path):
     track = [] if "--track" in args else ["--track", "micro"]
@@ -96,25 +112,68 @@ def test_a_setting_that_cannot_be_is_one_line_and_leaves_nothing(command, args, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [[SFT], [SFT, "sweep"], [EI], [EI, "sweep"], [GRPO], [GRPO, "std-norm"]], ids=" ".join)
+TRACE = json.dumps({"prompt": "1+1=?", "response": " 2 </think> <answer> 2 </answer>", "expected_answer": "2"}) + "\n"
+COMMANDS_THAT_RUN = [[SFT], [SFT, "sweep"], [SFT, "tune"], [SFT, "quality", "file"], [EI], [EI, "sweep"], [GRPO], [GRPO, "std-norm"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS_THAT_RUN, ids=" ".join)
+@pytest.mark.parametrize("setting, expected", [
+    ("model=nope", "no model 'nope'"), ("data=nope", "'nope' is no file"), ("eval_data=nope", "'nope' is no file"), ("prompt=nope", "shipped prompts"),
+    ("family=a/b", "'a/b' cannot be part"), ("nope=1", "there are: family")])
+def test_every_command_refuses_at_once_what_is_not_there(command, setting, expected, tmp_path):
+    (tmp_path / "file").write_text(TRACE)
+    if command[0] == GRPO:
+        setting = setting.replace("data=nope", "train_data=nope") if setting[0] == "d" else setting
+    status, said, imported = call(*command, "--track", "micro", "--set", setting, "--root", str(tmp_path / "runs"), cwd=tmp_path)
+    assert status == 2 and expected in said and not imported & {"torch", "transformers", "vllm"}
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("command, args, expected", [
+    (SFT, ["sweep", "--size", "128", "--size", "99999999"], "n_train = 99,999,999"), (SFT, ["sweep", "--size", "-1"], "n_train = -1"),
+    (SFT, ["tune", "--n", "99999999"], "n_train = 99,999,999"), (SFT, ["tune", "--set", "learning_rate=1"], "--set learning_rate: this command"),
+    (SFT, ["tune", "--track", "nope"], "micro, pocket, course"), (SFT, ["sweep", "--track", "nope"], "micro, pocket, course"),
+    (EI, ["sweep", "--track", "nope"], "micro, pocket, course"), (GRPO, ["std-norm", "--track", "nope"], "micro, pocket, course"),
+    (EI, ["sweep", "--set", "questions=1500"], "questions = 3,000 a step"), (GRPO, ["std-norm", "--set", "n_grpo_steps=1", "--steps", "2"], "given twice"),
+    (GRPO, ["std-norm", "--model", "nope"], "no model 'nope'"), (SFT, ["traces", "nope", "out.jsonl"], "no model 'nope'"),
+    (SFT, ["traces", "micro", "file/out.jsonl"], "cannot write"), (SFT, ["filter", "traces.jsonl", "file/out.jsonl"], "cannot write"),
+    (SFT, ["--seed", "1", "sweep"], "--seed belongs behind the command"), (EI, ["--set", "epochs=2", "sweep"], "--set belongs behind the command"),
+    (GRPO, ["--set", "kl_coef=1", "std-norm"], "--set belongs behind the command"), ("evaluate_math", ["--n", "8", "grid"], "--n belongs behind"),
+    ("run_queue", ["sft", "--root", "file"], "cannot write"),
+])
+def test_slips_in_sweeps_and_other_commands(command, args, expected, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "traces.jsonl").write_text(TRACE)
+    takes_root = {"sweep", "tune", "std-norm"} & set(args) and "belongs" not in expected
+    more = ["--root", str(tmp_path / "runs")] if takes_root else []
+    if not {"filter", "--track"} & set(args):
+        more += ["--track", "micro"]
+    status, said, imported = call(command, *args, *more, cwd=tmp_path)
+    assert status == 2 and expected in said and said.startswith("error: ") and not imported & {"torch", "transformers", "vllm"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "traces.jsonl"]
+
+
+@pytest.mark.parametrize("command", COMMANDS_THAT_RUN, ids=" ".join)
 def test_a_file_where_run_folders_should_go_is_refused_at_once(command, tmp_path):
-    (tmp_path / "file").touch()
+    (tmp_path / "file").write_text(TRACE)
     status, said, imported = call(*command, "--track", "micro", "--root", str(tmp_path / "file"), cwd=tmp_path)
-    assert status == 2 and "is a file, but run folders" in said and not imported & {"torch", "transformers", "vllm"}
+    assert status == 2 and "no folder that we can write to" in said and not imported & {"torch", "transformers", "vllm"}
 
 
 @pytest.mark.parametrize("command, option", [(c, o) for c in ([SFT], [SFT, "sweep"], [EI], [EI, "sweep"], [GRPO], [SFT, "tune"])
                                              for o in (["--replicas", "0"], ["--gpu-memory-utilization", "7"], ["--gpu-memory-utilization", "0"])]
-                         + [([GRPO, "lr-sweep"], o) for o in (["--seeds", "0"], ["--processes", "0"], ["--share", "7"], ["--steps", "0"])])
+                         + [([GRPO, "lr-sweep"], o) for o in (["--seeds", "0"], ["--processes", "0"], ["--share", "7"], ["--steps", "0"])]
+                         + [(["run_queue", "sft"], o) for o in (["--replicas", "0"], ["--share", "7"], ["--share", "nan"])])
 def test_numbers_of_machines_that_cannot_be_are_refused(command, option, tmp_path):
     status, said, imported = call(*command, "--track", "micro", *option, "--root", str(tmp_path / "runs"), cwd=tmp_path)
     assert status == 2 and (option[0] in said or "n_grpo_steps = 0" in said) and not imported & {"torch", "transformers", "vllm"}
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [SFT, EI, GRPO])
+@pytest.mark.parametrize("command", [[SFT, "sweep"], [EI], [GRPO, "std-norm"], ["evaluate_math"]], ids=" ".join)
 def test_a_prompt_that_does_not_fit_the_model_leaves_nothing(command, tmp_path):
-    status, said, _ = call(command, "--track", "micro", "--set", "prompt=r1_zero", "--root", str(tmp_path / "runs"), cwd=tmp_path)
+    prompt = ["--prompt", "r1_zero"] if command == ["evaluate_math"] else ["--set", "prompt=r1_zero"]
+    status, said, _ = call(*command, "--track", "micro", *prompt, "--root", str(tmp_path / "runs"), cwd=tmp_path)
     assert status == 2 and "but the context of micro is 256" in said and list(tmp_path.iterdir()) == []
 
 
@@ -125,23 +184,63 @@ def test_a_sweep_says_that_a_setting_is_its_own(command, name, tmp_path):
     assert status == 2 and f"--set {name}: this command has an option" in said and not imported & {"torch", "transformers", "vllm"}
 
 
+@pytest.mark.parametrize("command, args, folder", [
+    (SFT, ["--set", "n_train=32", "--set", "seed=3"], "sft_experiments_micro/n32-FEW_seed3"), (SFT, ["--set", "variant=mine", "--n", "32"], "sft_experiments_micro/mine_seed0"),
+    (EI, ["--set", "seed=3"], "ei_micro/FEW_seed3"), (GRPO, ["--set", "seed=3", "--set", "learning_rate=.001"], "grpo_micro/learning_rate0.001-FEW_seed3")])
+def test_a_setting_that_has_an_option_may_be_set_by_either(command, args, folder, tmp_path):
+    """The run begins under its name; it is the preset with the answer that its folder is no folder."""
+    few = {"n_eval": 8}
+    names = "-".join(f"{name}{value}" for name, value in few.items())
+    place = tmp_path / folder.replace("FEW", names)
+    place.parent.mkdir(parents=True)
+    place.touch()
+    more = [word for name, value in few.items() for word in ("--set", f"{name}={value}")]
+    status, said, _ = call(command, "--track", "micro", *args, *more, "--root", str(tmp_path), cwd=tmp_path)
+    assert status == 2 and f"{place} is no folder" in said
+
+
+def test_sweeps_that_differ_do_not_meet(monkeypatch, tmp_path):
+    """What a sweep would run, from its command: all names of all these calls are different."""
+    from typer.testing import CliRunner
+    from cs336_alignment import grpo_experiments as grpo, sft_math_reasoning as sft, sft_math_reasoning_ei as ei
+    begun = []
+    for module in (sft, ei):
+        monkeypatch.setattr(module, "check_runs", lambda *args: None)
+        monkeypatch.setattr(module, "run_all", lambda configs, *args: begun.extend(configs))
+    monkeypatch.setattr(grpo, "check_problems", lambda config: None)
+    monkeypatch.setattr(grpo, "run_experiment", lambda name, runs, *args: begun.extend(config for config, _ in runs))
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(TRACE)
+    settings = ([], ["--set", "learning_rate=1e-3"], ["--set", "n_eval=64"], ["--set", "learning_rate=1.0000001e-3"])
+    calls = [(sft, ["sweep", "--seed", "0", *s]) for s in settings] + [(ei, ["sweep", "--seed", "0", *s]) for s in settings]
+    calls += [(sft, ["tune", *s]) for s in ([], ["--n", "64"], ["--n", "128"], ["--set", "evaluations=4"])]
+    calls += [(sft, ["quality", str(tmp_path / f"{name}.jsonl"), "--seed", "0"]) for name in "ab"]
+    calls += [(grpo, ["std-norm", "--seeds", "1", *s]) for s in ([], ["--steps", "8"], ["--model", "a/b"], ["--model", "a_b"])]
+    for module, args in calls:
+        done = CliRunner().invoke(module.app, [*args, "--track", "micro", "--root", str(tmp_path)])
+        assert done.exit_code == 0, done.output
+    names = [(config.family, config.variant) for config in begun]
+    assert len(names) == len(set(names)) > len(calls)
+
+
 def test_runs_that_differ_have_names_that_differ():
-    from pathlib import Path
     from cs336_alignment.grpo_experiments import grpo_command_config
     from cs336_alignment.sft_math_reasoning import sft_command_config
     grpo = lambda given={}, named=None, *settings: grpo_command_config("micro", given, None, named, list(settings)).variant
     assert grpo({}, "dapo") == "dapo" != grpo({}, "dapo", "mask_overlong=False") and grpo({}, "dapo", "mask_overlong=True") == "dapo"
     assert len({grpo({"learning_rate": lr}) for lr in (1e-4, 1.0000001e-4, 1.00000001e-4)}) == 3
     assert len({grpo({"model": m}) for m in ("a/b", "a_b", "a b", "a__b")}) == 4
-    sft = lambda path: sft_command_config("micro", None, 0, Path(path), None, {}).variant
-    assert len({sft(p) for p in ("a/x.jsonl", "b/x.jsonl", "a_x.jsonl", "x.jsonl")}) == 4
+    sft = lambda path: sft_command_config("micro", {"traces": path}).variant
+    paths = ["a/x.jsonl", "b/x.jsonl", "a_x.jsonl", "x.jsonl", ".x.jsonl", *(f"{folder}/" * 60 + "x.jsonl" for folder in ("deep", "down"))]
+    assert len({sft(path) for path in paths}) == len(paths) and max(len(sft(path)) for path in paths) < 100
+    assert grpo({"prompt": "a-seed1-kl_coef1"}) != grpo({"prompt": "a"}, None, "kl_coef=1")
 
 
 def test_numbers_as_python_writes_them_are_numbers():
     from cs336_alignment.grpo_experiments import grpo_command_config
     from cs336_alignment.sft_math_reasoning import sft_command_config
     assert grpo_command_config("micro", {}, None, None, ["kl_coef=.1", "n_grpo_steps=1_0"]).kl_coef == 0.1
-    assert sft_command_config("micro", 8, 0, None, None, {"learning_rate": 0.001}).learning_rate == 0.001
+    assert sft_command_config("micro", {"n_train": 8, "learning_rate": 0.001}).learning_rate == 0.001
 
 
 def test_a_module_for_later_is_imported_by_its_first_use(tmp_path):

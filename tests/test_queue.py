@@ -171,5 +171,5 @@ def test_by_default_all_stages_run(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(runs, "run_seeds", lambda command, seeds, root: commands.append(command) or {})
     with pytest.raises(SystemExit):
-        runs.main(root=tmp_path)
+        runs.main(root=tmp_path, vllm={})
     assert [word for word in commands[0] if word in runs.STAGES] == list(runs.STAGES)
