@@ -516,7 +516,7 @@ EXTRAS = {name: settings for name, settings in NAMED.items()} | {
     "no clip, token": dict(loss_type="grpo_no_clip", length_normalization="token"),
     "all": dict(loss_type="grpo_clip", cliprange=0.1, clip_high=0.3, kl_coef=0.05, tis_cap=1.2, mask_overlong=True,
                 length_normalization="token", advantage="maxrl", use_std_normalization=False)}
-EXTRAS |= {"all, cold": EXTRAS["all"] | dict(temperature=0.5), "all, hot": EXTRAS["all"] | dict(temperature=1.7, min_tokens=0)}
+AT_TEMPERATURES = {"all, cold": EXTRAS["all"] | dict(temperature=0.5), "all, hot": EXTRAS["all"] | dict(temperature=1.7, min_tokens=0)}
 
 
 
@@ -531,10 +531,10 @@ def moved_copy(policy, seed, by=3.0):
     return copy.eval()
 
 
-@pytest.mark.parametrize("name", EXTRAS)
-def test_extras_agree_with_their_formulas(name):
+@pytest.mark.parametrize("changes", (EXTRAS | AT_TEMPERATURES).values(), ids=EXTRAS | AT_TEMPERATURES)
+def test_extras_agree_with_their_formulas(changes):
     """The whole way from rewards to the gradient, in float64, against loops over answers and tokens."""
-    config = eight(**{"max_tokens": 9, **EXTRAS[name]})
+    config = eight(**{"max_tokens": 9, **changes})
     old_policy = tiny_policy()[0].double()
     policy, reference = moved_copy(old_policy, 4), moved_copy(old_policy, 2)
     completions, _ = random_rollouts(seed=3)
