@@ -644,7 +644,7 @@ def restore_checkpoint(run: Run, parts: dict) -> dict | None:
 def read_summary(folder: Path | str) -> dict | None:
     """The summary of a finished run, or None if it is not finished."""
     path = Path(folder) / "summary.json"
-    return from_json_safe(read_json(path, steps=int, final=dict)) if path.exists() else None
+    return from_json_safe(read_json(path, steps=int | None, final=dict)) if path.exists() else None
 
 
 def read_config(folder: Path | str) -> dict:

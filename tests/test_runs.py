@@ -263,7 +263,7 @@ OTHER = {"config.json": ["{}", '{"family": "f", "track": "toy", "variant": null,
                          '{"family": "f", "track": "toy", "variant": "a", "seed": "0"}'],
          "position.json": ["{}", '{"step": 5}', '{"step": "5", "wall_s": 1, "bytes": {}}', '{"step": 5, "wall_s": 1, "bytes": []}',
                            '{"step": 5, "wall_s": null, "bytes": {}}', '{"step": 5, "wall_s": 1, "bytes": {"metrics.jsonl": "9"}}'],
-         "summary.json": ["{}", '{"steps": 5}', '{"steps": 5, "final": []}', '{"steps": null, "final": {}}'],
+         "summary.json": ["{}", '{"steps": 5}', '{"steps": 5, "final": []}', '{"steps": "three", "final": {}}'],
          "environment.json": ['{"resumed": 5}', '{"resumed": [5]}', '{"resumed": {"gpu": null}}']}
 
 
