@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,13 +89,20 @@ def _json_lines(path: str | Path, torn_ok: bool = False) -> Iterator[tuple[str, 
                 raise
 
 
-def read_jsonl(path: str | Path, torn_ok: bool = False) -> list[Any]:
+def _object(value: Any, where: str) -> dict:
+    "`value` if it is a JSON object; otherwise a DataError."
+    if isinstance(value, dict):
+        return value
+    raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
+
+
+def read_jsonl(path: str | Path, torn_ok: bool = False) -> list[dict]:
     """The objects of a JSON-lines file; blank lines are skipped, an empty file gives [].
 
     With `torn_ok`, a broken last line without a newline, as a killed writer leaves it, is skipped.
     Raises DataMissing, or DataError naming file:line.
     """
-    return [obj for _, obj in _json_lines(path, torn_ok)]
+    return [_object(value, where) for where, value in _json_lines(path, torn_ok)]
 
 # %% ../nbs/01_data.ipynb #f8d739eb
 def read_records(path: str | Path) -> list[tuple[str, dict]]:
@@ -109,10 +117,7 @@ def read_records(path: str | Path) -> list[tuple[str, dict]]:
         records = list(_json_lines(path))
     if not records:
         raise DataError(f"{path}: the file is empty")
-    for where, record in records:
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    return records
+    return [(where, _object(record, where)) for where, record in records]
 
 # %% ../nbs/01_data.ipynb #483d994c
 def _text(value: Any, name: str, where: str) -> str:
@@ -140,11 +145,15 @@ def _field(record: dict, names: tuple[str, ...], where: str) -> str:
     raise DataError(f"{where}: no text in field {wanted}; the fields are {sorted(record)}")
 
 
+_DRESS = re.compile(r"\\(?:text[a-z]*|math[a-z]*|mbox|operatorname|boxed|left|right)(?![A-Za-z])|\\[][(),;!$]|[\s{}$]")
+_NO_NUMBER = re.compile(r"[^\w\\]*(?:nan|inf|infinity)[^\w\\]*", re.IGNORECASE)  # in words; \infty is an answer
+
+
 def _gold(text: str, where: str) -> str:
     "A true answer, stripped; DataError for one that nothing can be graded against."
     gold = text.strip()
-    bare = re.sub(r"\\(?:text|mathrm|mathbf)(?![A-Za-z])|[\s{}$]", "", gold).lower()
-    if not bare or bare.lstrip("+-") in ("nan", "inf", "infinity") or re.search(r"\d{4301}", gold):
+    bare = _DRESS.sub("", unicodedata.normalize("NFKC", gold))
+    if not bare or _NO_NUMBER.fullmatch(bare) or re.search(r"\d{4301}", gold):
         raise DataError(f"{where}: the answer is {gold[:20] or 'empty'}, which nothing can be graded against")
     return gold
 

@@ -25,7 +25,7 @@ import typer
 from tqdm.auto import tqdm
 
 from .cli import Force, Replicas, Root, Seeds, TrackName, later, only_after_the_command, told
-from .data import fill_prompt, load_problems, load_prompt, read_jsonl
+from .data import DataError, fill_prompt, load_problems, load_prompt, read_jsonl
 from .drgrpo_grader import grade_batch, reward_fn_of
 
 pd, stats, torch = later("pandas"), later("scipy.stats"), later("torch")
@@ -92,10 +92,12 @@ def plan_lines(prompts, ground_truths, questions, sampling, chunk_size: int) -> 
 # %% ../nbs/05_zero_shot.ipynb #dd7078f8
 def finished_lines(out: Path | str | None, plan: list[dict]) -> list[dict]:
     """The complete lines of the file `out`; ValueError if they are not the first ones of `plan`."""
-    records = read_jsonl(out, torn_ok=True) if out and Path(out).exists() else []
+    try:
+        records = read_jsonl(out, torn_ok=True) if out and Path(out).exists() else []
+    except DataError as error:
+        raise ValueError(f"{error}: move the file away or choose another one") from None
     for i, record in enumerate(records):
         line = plan[i] if i < len(plan) else {"index": "none"}
-        record = record if isinstance(record, dict) else {}
         if differing := [key for key, value in line.items() if record.get(key) != value]:
             raise ValueError(f"{out} holds another evaluation (in line {i + 1} differ: {', '.join(differing)}): "
                              "move it away or choose another file")

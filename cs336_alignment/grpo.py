@@ -229,6 +229,7 @@ def with_log_probs(config: GRPOConfig, examples: dict[int, Example], completions
     if config.tis_cap is not None:
         for i, side in sides.items():
             side["importance"] = (side["old"] - side["old"].new_tensor(engine[i])).exp().clamp(max=config.tis_cap)
+            side["importance"][:config.min_tokens] = 1  # drawn without an end on purpose
     added = {i: replace(e, side=e.side | sides[i]) for i, e in examples.items()}
     return added, engine_gap(old, list(engine.values()), config.min_tokens) if known else {}
 

@@ -1015,17 +1015,18 @@ def index_line(family: Path, about: dict) -> str:
     machines = sorted({row["gpu"] or f"{row['environment'].get('cpu_count', '?')} CPU cores" for row in rows})
     dates = sorted({row["date"] for row in rows if row["date"]}) or ["–"]
     name = about.get("notebook", "–")
-    place = f"[{Path(name).stem}](../nbs/{name}), {about['heading']}" if about else "–"
+    place = f"[{Path(name).stem}](../nbs/{name}), {about.get('heading', '–')}" if about else "–"
     cells = [f"[{family.name}]({family.name})", about.get("question", "–"), place,
-             f"`{about['command']}`" if about else "–", count, ", ".join(machines),
+             f"`{about['command']}`" if "command" in about else "–", count, ", ".join(machines),
              " to ".join(dict.fromkeys((dates[0], dates[-1])))]
     return f"| {' | '.join(cells)} |\n"
 
 # %% ../nbs/E4_runs.ipynb #8bcd12c7
 def write_index(results: Path) -> None:
     """Write `README.md` in the folder of all results."""
-    about = read_json(results / "families.json") if (results / "families.json").exists() else {}
-    lines = [index_line(family, about.get(family.name, {})) for family in published_families(results)]
+    families, place = published_families(results), results / "families.json"
+    about = read_json(place, **{family.name: dict[str, str] | None for family in families}) if place.exists() else {}
+    lines = [index_line(family, about.get(family.name) or {}) for family in families]
     write_text(results / "README.md", INDEX_HEAD + "".join(lines))
 
 # %% ../nbs/E4_runs.ipynb #0f07e1b4

@@ -76,6 +76,8 @@ def test_only_commas_between_thousands_go(written, gold):
 VALUES = ["NaN", "Infinity", "-Infinity", "1e999", "true", "false", "[5]", '{"value": 5}', '"\\ud800"', '"5\\udc00"',
           '"nan"', '"NaN"', '"-nan"', '"inf"', '"Infinity"', '"+inf"', '"-infinity"', '"- inf"', '"$nan$"',
           '"\\\\text{nan}"', '"$-\\\\text{ Inf }$"', '"\\\\mathrm{NaN}"', '"{}"', '"$$"',
+          '"nan."', '"(nan)"', '"\\\\textbf{inf}"', '"\\\\operatorname{nan}"', '"\\\\boxed{NaN}"', '"\\\\(inf\\\\)"', '"−inf"',
+          '"\\\\left(\\\\text{nan}\\\\right)"', '"\\uff4e\\uff41\\uff4e"', '"nan\\u200b"', '"\\\\$inf"', '"nan%"', '"±inf"',
           '""', '"  "', "9" * 5_000, '"' + "9" * 5_000 + '"', "-" + "9" * 4_301, "[" * 200_000 + "]" * 200_000]
 FORMATS = {  # a record with the gold left open, and the reader
     "math answer": ('{"problem": "?", "answer": GOLD}', read_math),
@@ -121,7 +123,9 @@ def test_numbers_from_python_are_refused_too():
     "5": "5", "2.5": "2.5", "-0": "0", '"\\ud83d\\ude00"': "😀", "null": "7", "1e3": "1000.0", '"none"': "none",
     "9" * 4_000: "9" * 4_000, '"\\\\infty"': "\\infty",
     '"-\\\\infty"': "-\\infty", '"(-\\\\infty, 5]"': "(-\\infty, 5]", '"no information"': "no information",
-    '"-"': "-", '"\\\\text{info}"': "\\text{info}", '"nano"': "nano", '"\\\\inf"': "\\inf"}.items(), ids=lambda text: text[:12])
+    '"-"': "-", '"\\\\text{info}"': "\\text{info}", '"nano"': "nano",
+    '"\\\\{\\\\}"': "\\{\\}", '"infinitely many"': "infinitely many", '"Infinity War"': "Infinity War", '"∞"': "∞",
+    '"\\\\left\\\\{\\\\right\\\\}"': "\\left\\{\\right\\}", '"\\\\mathbb{R}"': "\\mathbb{R}", '"\\\\inf"': "\\inf"}.items(), ids=lambda text: text[:12])
 def test_what_stays_accepted(tmp_path, value, gold):
     file = tmp_path / "set.jsonl"
     record = '{"problem": "?", "answer": VALUE, "solution": "\\\\boxed{7}", "level": NaN}'
@@ -167,6 +171,15 @@ def test_what_a_trace_may_leave_out():
     for extracted, read in [({}, None), ({"extracted_answer": None}, None), ({"extracted_answer": 5}, "5"),
                             ({"extracted_answer": ""}, ""), ({"extracted_answer": "nan"}, "nan")]:  # the model's word
         assert trace_record(trace | extracted)["extracted_answer"] == read
+
+
+@pytest.mark.parametrize("torn_ok", [False, True])
+@pytest.mark.parametrize("line", ["5", "[]", "null", '"text"', "true", '[{"a": 1}]'])
+def test_lines_that_are_no_objects_are_named(tmp_path, line, torn_ok):
+    for text in (f'{{"a": 1}}\n{line}\n{{"a": 2}}\n', f'{{"a": 1}}\n{line}'):
+        (tmp_path / "rows.jsonl").write_text(text)
+        with pytest.raises(DataError, match="rows.jsonl:2: expected a JSON object, found "):
+            read_jsonl(tmp_path / "rows.jsonl", torn_ok)
 
 
 BROKEN = {"brackets": ("[" * 200_000 + "]" * 200_000, "nested too deeply"), "digits": ("9" * 5_000, "more digits"),

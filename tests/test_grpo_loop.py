@@ -516,6 +516,8 @@ EXTRAS = {name: settings for name, settings in NAMED.items()} | {
     "no clip, token": dict(loss_type="grpo_no_clip", length_normalization="token"),
     "all": dict(loss_type="grpo_clip", cliprange=0.1, clip_high=0.3, kl_coef=0.05, tis_cap=1.2, mask_overlong=True,
                 length_normalization="token", advantage="maxrl", use_std_normalization=False)}
+AT_TEMPERATURES = {"all, cold": EXTRAS["all"] | dict(temperature=0.5), "all, hot": EXTRAS["all"] | dict(temperature=1.7, min_tokens=0)}
+
 
 
 def moved_copy(policy, seed, by=3.0):
@@ -529,16 +531,16 @@ def moved_copy(policy, seed, by=3.0):
     return copy.eval()
 
 
-@pytest.mark.parametrize("name", EXTRAS)
-def test_extras_agree_with_their_formulas(name):
+@pytest.mark.parametrize("changes", (EXTRAS | AT_TEMPERATURES).values(), ids=EXTRAS | AT_TEMPERATURES)
+def test_extras_agree_with_their_formulas(changes):
     """The whole way from rewards to the gradient, in float64, against loops over answers and tokens."""
-    config = eight(**{"max_tokens": 9, **EXTRAS[name]})
+    config = eight(**{"max_tokens": 9, **changes})
     old_policy = tiny_policy()[0].double()
     policy, reference = moved_copy(old_policy, 4), moved_copy(old_policy, 2)
     completions, _ = random_rollouts(seed=3)
     rng, rewards = random.Random(0), [1.0, 0, 0, 1, 0, 0, 1, 0]
     for i, c in enumerate(completions):
-        logprobs = [x + rng.gauss(0, 0.3) for x in answer_log_probs(old_policy, c).tolist()]
+        logprobs = [x + rng.gauss(0, 0.3) for x in answer_log_probs(old_policy, c, config.temperature).tolist()]
         completions[i] = replace(c, logprobs=logprobs, finish_reason="length" if i in (1, 6) else "stop")
     completions[2] = replace(completions[2], token_ids=[], logprobs=[])
     advantages, _ = grpo.compute_advantages(config, torch.tensor(rewards, dtype=torch.float64))
@@ -546,12 +548,13 @@ def test_extras_agree_with_their_formulas(name):
                 if grpo.has_gradient(config, completions[i], e.side["advantage"])}
     examples, _ = grpo.add_log_probs(config, examples, completions, old_policy, reference, pass_tokens=40)
     batch = grpo.weighted(config, examples, completions, list(range(8)))
-    metrics = accumulate_gradients(policy, batch, partial(grpo.grpo_loss, config), max_tokens=30)
+    metrics = accumulate_gradients(policy, batch, partial(grpo.grpo_loss, config), max_tokens=30,
+                                   temperature=config.temperature)
     ours = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
     loss, clipped, kl = by_their_formulas(config, policy, old_policy, reference, completions, rewards)
     loss.backward()
-    assert math.isclose(metrics["loss"], loss.item(), rel_tol=1e-6)  # clip_high is a float32 number
+    assert math.isclose(metrics["loss"], loss.item(), rel_tol=1e-6, abs_tol=1e-8)  # clip_high is a float32 number
     for a, p in zip(ours, policy.parameters()):
         torch.testing.assert_close(a, p.grad, rtol=1e-6, atol=1e-9)
     if config.loss_type == "grpo_clip":
@@ -560,12 +563,12 @@ def test_extras_agree_with_their_formulas(name):
         assert math.isclose(metrics["kl"], kl, rel_tol=1e-9)
 
 
-def answer_log_probs(model, c):
+def answer_log_probs(model, c, temperature=1.0):
     """Log-probs (tokens,) of one answer, by one plain forward pass."""
     if not c.token_ids:
         return torch.zeros(0, dtype=torch.float64)
     logits = model(torch.tensor([[*c.prompt_token_ids, *c.token_ids]])).logits[0, len(c.prompt_token_ids) - 1:-1]
-    return logits.log_softmax(-1)[range(len(c.token_ids)), c.token_ids]
+    return (logits / temperature).log_softmax(-1)[range(len(c.token_ids)), c.token_ids]
 
 
 def paper_advantage(config, rewards, i):
@@ -589,9 +592,10 @@ def by_their_formulas(config, policy, old_policy, reference, completions, reward
     for i, c in enumerate(completions):
         if config.mask_overlong and c.finish_reason == "length":
             continue
-        A, lp, length = paper_advantage(config, rewards, i), answer_log_probs(policy, c), len(c.token_ids)
+        A, length, T = paper_advantage(config, rewards, i), len(c.token_ids), config.temperature
+        lp = answer_log_probs(policy, c, T)
         with torch.no_grad():
-            old, ref = answer_log_probs(old_policy, c), answer_log_probs(reference, c)
+            old, ref = answer_log_probs(old_policy, c, T), answer_log_probs(reference, c, T)
         divisor = {"masked_mean": n * length, "masked_normalize": n * config.max_tokens, "token": all_tokens}
         for t in range(length):
             rho = (lp - old).mean().exp() if config.ratio_level == "sequence" else (lp[t] - old[t]).exp()
@@ -601,7 +605,7 @@ def by_their_formulas(config, policy, old_policy, reference, completions, reward
             k3 = (ref[t] - lp[t]).exp() - (ref[t] - lp[t]) - 1
             kls.append(k3.item())
             term = term + config.kl_coef * k3
-            if config.tis_cap is not None:
+            if config.tis_cap is not None and t >= config.min_tokens:
                 term = term * min(math.exp(old[t] - c.logprobs[t]), config.tis_cap)
             loss = loss + term / divisor[config.length_normalization]
     return loss, statistics.fmean(clipped), statistics.fmean(kls)
@@ -887,26 +891,55 @@ def test_runs_that_cannot_be_stacked(tmp_path, name, value):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("stacked_engine", [False, True])
-def test_importance_is_one_where_the_engine_has_the_trainers_weights(temperature, stacked_engine):
-    """Log-probs of trainer and engine are of the policy that sampled, at any temperature (kind 10 of the faults)."""
-    from cs336_alignment import stacked
-    from cs336_alignment.data import fill_prompt, load_prompt, micro_problems
-    from cs336_alignment.grpo import add_log_probs, rollout_examples, sampling_params
-    from cs336_alignment.inference import TransformersEngine
-    from cs336_alignment.models import load_policy
+# --- log-probs of the engine
 
-    config = grpo_config("micro", temperature=temperature, tis_cap=5.0, min_tokens=0, group_size=2)
-    policy, tokenizer = load_policy("micro", "cpu")
-    prompts = [fill_prompt(load_prompt("micro"), p.question) for p in micro_problems(6)]
-    sampling = sampling_params(config, 1, 1, purpose=0)
-    if stacked_engine:
-        completions = stacked.stacked_generate(stacked.stack_policies([policy], tokenizer), [prompts], [sampling])[0][0]
+def added_log_probs(config, engine_policy, policy, tokenizer, n=8, stack=False):
+    """Completions of the engine's policy, the trainer's side data for each, and the gap."""
+    prompts = [grpo.fill_prompt(grpo.load_prompt("micro"), p.question) for p in grpo_problems("train")[:n]]
+    sampling = replace(grpo.sampling_params(config, config.eval_every, 1, 0), stop=())
+    if stack:
+        groups = stacked.stacked_generate(stacked.stack_policies([engine_policy], tokenizer), [prompts], [sampling])[0][0]
     else:
-        completions = [c for c, in TransformersEngine(policy, tokenizer).generate(prompts, sampling, progress=False)]
-    examples = dict(enumerate(rollout_examples(completions, torch.ones(len(completions)))))
-    added, gap = add_log_probs(config, examples, completions, policy)
-    for example in added.values():
-        torch.testing.assert_close(example.side["importance"], torch.ones_like(example.side["importance"]), atol=1e-3, rtol=0)
-    assert gap["engine_gap_max"] < 1e-3
+        groups = [c for c, in TransformersEngine(engine_policy, tokenizer).generate(prompts, sampling, progress=False)]
+    examples = dict(enumerate(grpo.rollout_examples(groups, torch.ones(n))))
+    examples, gap = grpo.add_log_probs(config, examples, groups, policy)
+    return groups, [e.side for e in examples.values()], gap
+
+
+@pytest.mark.parametrize("stack", [False, True], ids=["engine", "stack"])
+@pytest.mark.parametrize("min_tokens", [0, 4])
+@pytest.mark.parametrize("temperature", [0.3, 0.5, 0.7, 1.0, 2.0])
+def test_an_engine_that_agrees_has_weight_one_and_no_gap_at_any_temperature(temperature, min_tokens, stack):
+    """Micro, and a random policy, which draws the end of a response as often as any token: also before `min_tokens`."""
+    config = replace(CONFIG, temperature=temperature, tis_cap=2.0, min_tokens=min_tokens, max_tokens=32)
+    for policy, tokenizer in (models.load_policy("micro", device="cpu"), tiny_policy()):
+        completions, sides, gap = added_log_probs(config, policy, policy, tokenizer, stack=stack)
+        importance = torch.cat([side["importance"] for side in sides])
+        assert importance.numel() == sum(len(c.token_ids) for c in completions) > 8
+        torch.testing.assert_close(importance, torch.ones_like(importance), rtol=0, atol=1e-4)
+        assert gap["engine_gap"] < 1e-5 and gap["engine_gap_max"] < 1e-4 and abs(gap["engine_kl"]) < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_an_engine_with_other_weights_has_the_ratio_at_the_temperature_that_sampled(temperature):
+    config = replace(CONFIG, temperature=temperature, tis_cap=3.0, min_tokens=0)
+    policy, tokenizer = tiny_policy()
+    policy, other = policy.double(), moved_copy(policy.double(), 4, by=1.0)
+    completions, sides, gap = added_log_probs(config, other, policy, tokenizer)
+    with torch.no_grad():
+        d = [answer_log_probs(policy, c, temperature) - answer_log_probs(other, c, temperature) for c in completions]
+    for side, expected in zip(sides, d):
+        torch.testing.assert_close(side["importance"], expected.exp().clamp(max=3.0), rtol=1e-4, atol=1e-6)
+    assert math.isclose(gap["engine_gap"], torch.cat(d).abs().mean().item(), rel_tol=1e-4) and gap["engine_gap"] > 1e-2
+
+
+def test_responses_no_longer_than_min_tokens_have_no_gap():
+    policy, tokenizer = tiny_policy()
+    _, sides, gap = added_log_probs(replace(CONFIG, tis_cap=2.0, min_tokens=4, max_tokens=4), policy, policy, tokenizer)
+    assert gap == {} and all((side["importance"] == 1).all() for side in sides)
+
+
+def test_a_cold_run_logs_no_gap(tmp_path):
+    cold = replace(OFF_POLICY, variant="cold", temperature=0.5, n_grpo_steps=4)
+    quiet_train(tmp_path, cold)
+    assert all(line["train/engine_gap_max"] < 1e-4 for line in metrics_of(tmp_path, cold) if line["step"])

@@ -296,6 +296,30 @@ def test_readers_of_run_folders_name_them_too(tmp_path, name, reader, text):
         reader(tmp_path)
 
 
+@pytest.mark.parametrize("name, reader", [("metrics.jsonl", runs.load_runs), ("metrics.jsonl", runs.read_metrics),
+                                          ("metrics.jsonl", runs.publishable), ("rollouts.jsonl", runs.load_rollouts),
+                                          ("rollouts.jsonl", runs.publishable)])
+@pytest.mark.parametrize("text", [t for t in NO_OBJECT if t and t != '{"step": '], ids=lambda text: text[:20])
+def test_lines_of_logs_that_hold_something_else_are_named(tmp_path, name, reader, text):
+    train(tmp_path, 5)
+    with (place := run_folder(CONFIG, tmp_path) / name).open("a") as log:
+        log.write(text + "\n")
+    with pytest.raises(ValueError, match=re.escape(str(place)) + r":\d+: "):
+        reader(place.parent)
+
+
+@pytest.mark.parametrize("text", NO_OBJECT + ['{"f_toy": 5}', '{"f_toy": []}', '{"f_toy": {"question": 5}}'], ids=lambda text: text[:20])
+def test_what_is_told_of_families_is_checked(tmp_path, text):
+    train(tmp_path / "runs", 5)
+    runs.publish("f_toy", tmp_path / "runs", tmp_path / "results" / "f_toy")
+    (place := tmp_path / "results" / "families.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(place))):
+        runs.write_index(tmp_path / "results")
+    for fine in ("{}", '{"f_toy": null}', '{"f_toy": {"question": "?"}}', '{"other": {"question": "?"}}'):
+        place.write_text(fine)
+        runs.write_index(tmp_path / "results")
+
+
 def test_runs_moved_aside_in_any_way_are_not_listed(tmp_path):
     names = ["a_seed0", "a_seed0.old1", "a_seed12.old22", "a_seed0.old", "b.old1_seed0", "b.old_seed3", "old_seed1"]
     for name in names + ["old/a_seed0.1", "old/c_seed0"]:

