@@ -193,6 +193,8 @@ def check_numbers(n, temperature, max_tokens, seed, chunk_size=1, **_) -> None:
                                ("chunk_size", chunk_size, 1)]:
         if type(value) is not int or value < least:
             raise ValueError(f"{name} = {value!r}: a whole number, at least {least}")
+    if seed >= 2**32:
+        raise ValueError(f"seed = {seed}: less than {2**32}")
     if type(temperature) not in (int, float) or not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature = {temperature!r}: a number, at least 0")
 
@@ -281,6 +283,8 @@ def plan_runs(track: str, data: list, prompts: list, seeds: list[int], model: st
     Raises ValueError or OSError, saying what to do, for a mistake in the call; nothing is loaded or made."""
     if engine not in ("auto", "vllm", "transformers"):
         raise ValueError(f"--engine is auto, vllm or transformers, not {engine!r}")
+    if "" in (model, *data, *prompts):
+        raise ValueError("an empty --model, --data or --prompt names nothing: leave it out for the track's")
     if root:
         runs.check_writable(root / "config.json")
     for seed in seeds:

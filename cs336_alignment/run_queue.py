@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['models', 'side_by_side', 'torch', 'vllm_engine', 'TEACHER', 'TRACED', 'STAGES', 'Remembering', 'Worker', 'best_of',
            'tune', 'all_sizes', 'more_updates', 'gsm8k', 'trace_files', 'traces', 'quality', 'ei_tune', 'ei_configs',
-           'ei', 'ei_vary', 'benchmark', 'work', 'run_seeds', 'publish_all', 'check_arguments', 'main', 'run_all_seeds']
+           'ei', 'ei_vary', 'benchmark', 'work', 'run_seeds', 'publish_all', 'check_arguments', 'check_track', 'main',
+           'run_all_seeds']
 
 # %% ../nbs/E6_queue.ipynb #e48e5eb7
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -285,6 +286,12 @@ def check_arguments(stages: list[str], seeds: str, track: str) -> list[int]:
         raise ValueError(f"--seeds are numbers with commas between, each once, such as 0,1,2,3, not {seeds!r}")
     return numbers
 
+
+def check_track(track: str) -> None:
+    """Raises ValueError or OSError if the track's model or problems are not there."""
+    preset = models.TRACKS[track]
+    models.model_dir(preset.model), load_problems(preset.train, "train", 1), load_problems(preset.test, "test", 1)
+
 # %% ../nbs/E6_queue.ipynb #9a98c331
 def main(
     stages: Annotated[
@@ -304,6 +311,7 @@ def main(
     with told():
         numbers = check_arguments(stages, seeds, track)
         check_writable(root / "logs" / "seed.log")
+        check_track(track)
         if not isinstance(vllm, dict) or seed not in (None, *numbers):
             raise ValueError("--vllm takes a JSON object, and --seed one of --seeds")
     compiled = torch.cuda.is_available() if compiled is None else compiled

@@ -280,7 +280,7 @@ def tuning_configs(
             seed,
             **{
                 "family": "sft_tuning",
-                "variant": f"lr{rate:g}_batch{size}",
+                "variant": f"lr{name_part(rate)}_batch{size}",
                 "evaluations": 1,
                 "eval_data": "validation",
                 "learning_rate": rate,

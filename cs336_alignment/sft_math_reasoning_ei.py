@@ -25,7 +25,7 @@ from .cli import (Changes, GpuShare, Replicas, Root, Seed, Seeds, TrackName, lat
 from .data import Problem, fill_prompt, load_prompt
 from .drgrpo_grader import grade_batch, reward_fn_of
 from .runs import (Config, NonNegative, Positive, Rate, batch_indices, finish_run, log_metrics,
-                                  make_config, open_run, policy_name, restore_checkpoint, save_checkpoint,
+                                  make_config, name_part, open_run, policy_name, restore_checkpoint, save_checkpoint,
                                   seed_everything, sweep_names, training_steps, variant_name)
 from .sft_math_reasoning import check_runs, evaluate_and_log, run_all, sft_problems, track_of
 
@@ -245,7 +245,7 @@ def rate_configs(
             **start
             | {
                 "family": "ei_tuning",
-                "variant": f"{schedule}_lr{rate:g}",
+                "variant": f"{schedule}_lr{name_part(rate)}",
                 "learning_rate": rate,
                 "schedule": schedule,
                 "eval_data": "validation",

@@ -53,6 +53,8 @@ def test_help_and_unknown_options_import_nothing_heavy(command, tmp_path):
     (["grid", "--prompt", "nope"], "shipped prompts"),
     (["grid", "--data", "nope.jsonl"], "'nope.jsonl' is no file"),
     (["grid", "--replicas", "0"], "--replicas"),
+    (["--model", "nope"], "no model 'nope'"), (["--seed", "4294967296"], "seed = 4294967296"),
+    *[([*command, option, ""], "names nothing") for command in ([], ["grid"]) for option in ("--model", "--data", "--prompt")],
 ])
 def test_slips_in_the_zero_shot_command_import_nothing_heavy(args, expected, tmp_path):
     status, said, imported = call("evaluate_math", *args, cwd=tmp_path)
@@ -101,6 +103,8 @@ SFT, EI, GRPO = "sft_math_reasoning", "sft_math_reasoning_ei", "grpo_experiments
     (SFT, ["--set", "variant=a/b"], "'a/b' cannot be part"), (EI, ["--set", "variant=a/b"], "'a/b' cannot be part"),
     (GRPO, ["--set", "variant=a/b"], "'a/b' cannot be part"), (GRPO, ["--variant", "a/b"], "'a/b' cannot be part"),
     (GRPO, ["--set", "family="], "'' cannot be part"), (EI, ["--set", "questions=99999999"], "questions = 99,999,999 a step, but micro has"),
+    (SFT, ["--variant", "x" * 300], "more than 200 characters"), (EI, ["--set", f"variant={'é' * 150}"], "more than 200 characters"),
+    (GRPO, ["--variant", "x" * 300], "more than 200 characters"), (GRPO, ["--set", f"family={'x' * 300}"], "more than 200 characters"),
     ("run_queue", ["nope"], "there are: tune"), *[("run_queue", ["sft", "--seeds", s], "0,1,2,3") for s in ("a", "", "-1", "0,0", "²", "4294967296")],
     ("run_queue", ["sft", "--seed", "9"], "--seed one of --seeds"), ("run_queue", ["sft", "--vllm", "[1]"], "takes a JSON object"),
 ])
@@ -199,6 +203,23 @@ def test_a_setting_that_has_an_option_may_be_set_by_either(command, args, folder
     assert status == 2 and f"{place} is no folder" in said
 
 
+def test_the_queue_wants_the_model_and_problems_of_its_track(tmp_path, monkeypatch):
+    for name, value in {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "CS336_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    status, said, imported = call("run_queue", "sft", "--track", "course", "--root", str(tmp_path / "runs"), cwd=tmp_path)
+    assert status == 2 and "no model 'Qwen/Qwen2.5-Math-1.5B'" in said and not imported & {"torch", "transformers", "vllm"}
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["std-norm"]])
+def test_overlap_without_vllm_is_refused_before_anything_is_written(command, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+    from cs336_alignment import grpo_experiments, vllm_engine
+    monkeypatch.setattr(vllm_engine, "vllm_problem", lambda: "vLLM is not installed.")
+    done = CliRunner().invoke(grpo_experiments.app, [*command, "--track", "micro", "--set", "overlap=True", "--root", str(tmp_path / "runs")])
+    assert done.exit_code == 2 and "overlap needs an engine" in done.output and list(tmp_path.iterdir()) == []
+
+
 def test_sweeps_that_differ_do_not_meet(monkeypatch, tmp_path):
     """What a sweep would run, from its command: all names of all these calls are different."""
     from typer.testing import CliRunner
@@ -233,6 +254,14 @@ def test_runs_that_differ_have_names_that_differ():
     sft = lambda path: sft_command_config("micro", {"traces": path}).variant
     paths = ["a/x.jsonl", "b/x.jsonl", "a_x.jsonl", "x.jsonl", ".x.jsonl", *(f"{folder}/" * 60 + "x.jsonl" for folder in ("deep", "down"))]
     assert len({sft(path) for path in paths}) == len(paths) and max(len(sft(path)) for path in paths) < 100
+    from cs336_alignment.grpo_experiments import crossed_configs, grpo_config
+    from cs336_alignment.runs import policy_name
+    from cs336_alignment.sft_math_reasoning import tuning_configs
+    prompts = ["micro", "a/b.prompt", "a_b.prompt", "../b.prompt"]
+    crossed = [policy_name(c) for c in crossed_configs([grpo_config("micro", prompt=p, variant=f"v{i}") for i, p in enumerate(prompts)])]
+    assert len(set(crossed)) == len(prompts) ** 2 and "grpo_prompts_micro/v0_asked_micro_seed0" in crossed
+    tuning = [c.variant for c in tuning_configs("micro", (1e-4, 1.0000001e-4, 2e-5), (32,))]
+    assert len(set(tuning)) == 3 and {"lr0.0001_batch32", "lr2e-05_batch32"} < set(tuning)
     assert grpo({"prompt": "a-seed1-kl_coef1"}) != grpo({"prompt": "a"}, None, "kl_coef=1")
 
 
