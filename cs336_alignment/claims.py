@@ -33,12 +33,13 @@ def judge(runs: pd.DataFrame, claim: Claim) -> tuple[str, str]:
         return "–", "not run"
     gap, half, n = paired_difference(runs, claim.of, claim.minus)
     gap, half = 100 * gap, student(100 * half, n)
-    known = abs(gap) > half
-    if claim.sign:
-        unseen = f"too small to see: none above {abs(gap) + half:.1f}"
-        says = "supported" if gap > half else "contradicted" if known else unseen
+    if claim.sign and abs(gap) <= half:
+        says = f"too small to see: none above {abs(gap) + half:.1f}"
+    elif claim.sign:
+        says = "supported" if gap > 0 else "contradicted"
     else:
-        says = "supported" if abs(gap) + half <= MARGIN else "contradicted" if known else "too few seeds to say"
+        same, apart = abs(gap) + half <= MARGIN, abs(gap) - half > MARGIN
+        says = "supported" if same else "contradicted" if apart else "too few seeds to say"
     return f"{gap:+.1f} ± {half:.1f} ({n})", says
 
 # %% ../nbs/17_variants.ipynb #139b2005

@@ -127,7 +127,7 @@ def make_config(kind: type[Config], **settings) -> Config:
 # %% ../nbs/E4_runs.ipynb #bfb54289
 def name_part(value: Any) -> str:
     """A value as part of a name: different values, different names. What a name cannot hold, or would take for the next
-    setting, is replaced, and told apart by a digest, as is what is too long."""
+    setting, is replaced and gets a digest, as does what is too long."""
     text = (f"{value:g}" if float(f"{value:g}") == value else repr(value)) if isinstance(value, float) else str(value)
     plain = re.sub(r"^\.|[^\w.+-]+|-(?=\D)", "_", text)
     digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:6]

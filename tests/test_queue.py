@@ -17,7 +17,9 @@ sys.path.insert(0, str(BENCH))
 import engine_throughput
 import grpo_step
 from cs336_alignment import models, run_queue as runs, side_by_side, vllm_engine
+from cs336_alignment.grpo_settings import grpo_config
 from cs336_alignment.inference import SamplingParams
+from cs336_alignment.runs import read_summary
 
 SEEDED = SamplingParams(seed=3, max_tokens=8)
 
@@ -173,3 +175,55 @@ def test_by_default_all_stages_run(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         runs.main(root=tmp_path, vllm={})
     assert [word for word in commands[0] if word in runs.STAGES] == list(runs.STAGES)
+
+
+# --- side by side (E12)
+
+def job(variant="a", seed=0, **changes):
+    tiny = dict(n_grpo_steps=2, rollout_batch_size=16, train_batch_size=16, n_eval=8, eval_every=2)
+    return side_by_side.Job(grpo_config("micro", family="side", variant=variant, seed=seed, **tiny | changes))
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
+    jobs = [job("broken", model=str(tmp_path / "nowhere")), job("whole"), job("more", seed=1)]
+    with pytest.raises(RuntimeError, match="a run failed; the others are finished.*(?s:.*)ModelMissing"):
+        side_by_side.run_side_by_side(jobs, tmp_path, processes=2, progress=False)
+    done = [read_summary(j.folder(tmp_path)) for j in jobs]
+    assert done[0] is None and [s["steps"] for s in done[1:]] == [2, 2]
+    assert list((tmp_path / "logs" / "claims").glob("*/broken_seed0.failed"))
+
+
+def test_ctrl_c_lets_the_processes_finish_their_step_and_the_same_call_goes_on(tmp_path):
+    code = ("import sys; from pathlib import Path; sys.path.insert(0, 'tests'); from test_queue import job; "
+            "from cs336_alignment.side_by_side import run_side_by_side\n"
+            "print([s and s['steps'] for s in run_side_by_side([job(n_grpo_steps=400)], Path(sys.argv[1]), 1, progress=False)])")
+    root = Path(__file__).resolve().parent.parent
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    metrics = job().folder(tmp_path) / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < until:
+        time.sleep(0.1)
+    parent.send_signal(2)
+    said = parent.communicate(timeout=60)[0]
+    assert "will stop after the steps that are under way" in said and said.strip().endswith("[None]")
+    stopped = metrics.read_text().count("\n")
+    assert 3 < stopped < 400 and list((metrics.parent / "checkpoints").glob("step_*"))
+
+
+def test_a_claimed_job_is_left_to_its_process(tmp_path):
+    with side_by_side.claimed([job()], tmp_path) as mine, side_by_side.claimed([job()], tmp_path) as others:
+        assert (mine, others) == ([job()], [])
+    with side_by_side.claimed([job()], tmp_path):
+        raise_it = ZeroDivisionError("broken on purpose")
+        raise raise_it  # kept for the log, and the next job follows
+    with side_by_side.claimed([job()], tmp_path) as mine:
+        assert mine == []  # failed: not tried again by this call's other processes
+
+
+@pytest.mark.parametrize("gpus, processes, jobs, expected", [(0, None, 9, 1), (0, None, 1, 1), (2, None, 9, 8), (2, 3, 9, 3), (4, None, 5, 5)])
+def test_processes_are_spread_over_gpus_or_cores(monkeypatch, gpus, processes, jobs, expected):
+    monkeypatch.setattr(side_by_side.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(side_by_side.os, "sched_getaffinity", lambda pid: {0})
+    found = side_by_side.places(processes, jobs)
+    assert len(found) == expected
+    assert [p.get("CUDA_VISIBLE_DEVICES") for p in found] == [str(k % gpus) if gpus else None for k in range(expected)]
