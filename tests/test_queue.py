@@ -212,12 +212,13 @@ def test_ctrl_c_lets_the_processes_finish_their_step_and_the_same_call_goes_on(t
 
 def test_a_claimed_job_is_left_to_its_process(tmp_path):
     with side_by_side.claimed([job()], tmp_path) as mine, side_by_side.claimed([job()], tmp_path) as others:
-        assert (mine, others) == ([job()], [])
+        pass  # an error in here would be a failed job's, and be kept
+    assert (mine, others) == ([job()], [])
     with side_by_side.claimed([job()], tmp_path):
-        raise_it = ZeroDivisionError("broken on purpose")
-        raise raise_it  # kept for the log, and the next job follows
+        raise ZeroDivisionError("broken on purpose")
     with side_by_side.claimed([job()], tmp_path) as mine:
-        assert mine == []  # failed: not tried again by this call's other processes
+        pass
+    assert mine == []  # failed: not tried again by this call's other processes
 
 
 @pytest.mark.parametrize("gpus, processes, jobs, expected", [(0, None, 9, 1), (0, None, 1, 1), (2, None, 9, 8), (2, 3, 9, 3), (4, None, 5, 5)])
