@@ -26,7 +26,7 @@ class Claim:
 
 MARGIN = 2.0  # points; what counts as the same
 
-
+# %% ../nbs/17_variants.ipynb #985daa3d
 def judge(runs: pd.DataFrame, claim: Claim) -> tuple[str, str]:
     """The difference in points with its interval and number of seeds, and what it says of the claim."""
     if not {claim.of, claim.minus} <= set(runs.variant):
@@ -77,7 +77,7 @@ CLAIMS += [
     Claim("Many questions beat large groups", "IsoCompute 2603.12151, at low compute", "group4", "group32", 1),
     Claim("The bare question ends higher", f"{SEED} (71.7 against 46.3%); {X26}", "question_only", "tags", 1)]
 
-
+# %% ../nbs/17_variants.ipynb #e8089884
 def claims_table() -> str:
     """All claims with what our runs say of them, as Markdown."""
     runs = [load_runs(f"grpo_experiments_{track}") for track in ("micro", "pocket")]

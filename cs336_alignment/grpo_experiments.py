@@ -181,7 +181,7 @@ def grpo_start_config(track: str, name: str, seed: int) -> SFTConfig:
     settings = held_back | STARTS[track][name]
     return sft_config(track, settings.pop("n_train", None), seed, family="grpo_starts", variant=name, **settings)
 
-
+# %% ../nbs/13_grpo_experiments.ipynb #05f823af
 def experiment_config(track: str, variant: str, settings: Settings, seed: int,
                       **changes) -> tuple[GRPOConfig, SFTConfig | None]:
     """One run of an experiment and its start (None: a model as it is); `changes` come last, and into its name."""
@@ -206,7 +206,7 @@ def experiment_runs(command: str, track: str, seeds: int | None = None, only: Se
     return [experiment_config(track, name, settings, seed, **changes or {})
             for seed in range(seeds or SEEDS[track]) for name, settings in table.items() if not only or name in only]
 
-
+# %% ../nbs/13_grpo_experiments.ipynb #f838712e
 def show_runs(runs: Sequence[tuple[GRPOConfig, SFTConfig | None]], root: Path | None = None) -> None:
     """Prints a line a variant: its seeds, how many are finished below `root`, its start, what differs from the base."""
     by_variant = {}
@@ -223,7 +223,7 @@ def run_grpo_experiment(config: GRPOConfig, start: SFTConfig | None = None, root
     """One GRPO run in this process, after its start policy if that is missing; its summary (None: stopped by hand)."""
     return side_by_side.run_side_by_side([side_by_side.Job(config, start)], root, processes=1)[0]
 
-
+# %% ../nbs/13_grpo_experiments.ipynb #5d850f95
 def run_experiment(command: str, runs: Sequence[tuple[GRPOConfig, SFTConfig | None]], root: Path | None = None,
                    processes: int | None = None, share: float = 0.05) -> list[dict | None]:
     """Runs of a command side by side, then each prompt's policies with the other's prompt; prints the results."""
@@ -236,7 +236,7 @@ def run_experiment(command: str, runs: Sequence[tuple[GRPOConfig, SFTConfig | No
     report(results)
     return results
 
-
+# %% ../nbs/13_grpo_experiments.ipynb #53a19ad3
 def report(results: Sequence[dict | None]) -> None:
     """Prints each variant's mean accuracy over its seeds."""
     by_variant = {}

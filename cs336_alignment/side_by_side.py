@@ -45,7 +45,7 @@ class Job:
 
 KINDS = {"grpo": GRPOConfig, "sft": SFTConfig}
 
-
+# %% ../nbs/E12_side_by_side.ipynb #bd05d746
 def write_jobs(path: Path, jobs: Sequence[Job]) -> None:
     """Writes jobs as JSON lines."""
     kind = {kind: name for name, kind in KINDS.items()}
@@ -95,7 +95,7 @@ def again(config: Config, root: Path) -> Path:
     """Where a policy that is needed is trained: `root`, or apart from it if the run is there, made elsewhere."""
     return root / "logs" / "again" if read_summary(run_folder(config, root)) else root
 
-
+# %% ../nbs/E12_side_by_side.ipynb #91af7a1d
 def stacks(jobs: Sequence[Job], gpu: bool) -> list[list[Job]]:
     """Jobs that one process runs together: on a GPU all seeds of a variant of the micro track, otherwise each alone."""
     found = {}
@@ -148,7 +148,7 @@ def work_through(file: Path, number: int, root: Path, keep: bool, share: float, 
                     return 0  # stopped by hand
     return sum(1 for group in todo if Path(f"{root}/logs/claims/{policy_name(group[0].config)}.failed").exists())
 
-
+# %% ../nbs/E12_side_by_side.ipynb #ddba34e1
 @contextmanager
 def nothing():
     """For stacked runs, which need no engine."""
