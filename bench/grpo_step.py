@@ -281,7 +281,7 @@ def pocket(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
     """SmolLM2-135M on GSM-Symbolic questions, responses of 256 tokens (--small: the micro model on sums, 12 tokens)."""
     from cs336_alignment.data import load_problems
     from cs336_alignment.models import load_policy
-    from cs336_alignment.run_queue import ENGINE
+    from cs336_alignment.side_by_side import ENGINE
     model, data, prompt = ("micro", "micro", "micro") if small else ("smollm2-135m", "gsm_symbolic", "r1_zero")
     n, group, tokens, pass_tokens = (16, 4, 12, 500) if small else (256, 8, 256, 32_768)
     build = lambda dtype: load_policy(model, dtype=dtype)[0]
@@ -300,7 +300,7 @@ def course(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from cs336_alignment.data import Problem
-    from cs336_alignment.run_queue import ENGINE
+    from cs336_alignment.side_by_side import ENGINE
     shape, rng = TINY if small else QWEN_1_5B, random.Random(0)
     n, group, length, tokens, pass_tokens = (16, 4, 10, 16, 500) if small else (256, 8, 150, 1024, 4 * 1173)
     problems = [Problem(" ".join(f"t{i}" for i in rng.choices(range(3, 90), k=length)), "0") for _ in range(n // group)]
