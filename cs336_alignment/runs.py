@@ -13,11 +13,12 @@ __all__ = ['RUN_KEYS', 'LONGEST', 'Positive', 'Count', 'Rate', 'NonNegative', 'S
            'mirror_metrics', 'stop_mirror', 'batch_indices', 'seed_everything', 'rng_state', 'set_rng_state',
            'portable', 'sync', 'sync_logs', 'is_checkpoint', 'write_checkpoint', 'save_checkpoint', 'find_checkpoint',
            'rewind', 'read_state', 'restore_checkpoint', 'read_summary', 'read_config', 'check_config', 'move_aside',
-           'note_environment', 'only_writer', 'open_run', 'begin_or_continue', 'say', 'finish_run', 'summarise_log',
-           'find_results', 'run_folders', 'published_families', 'evaluated_on', 'run_row', 'as_cell', 'from_cell',
-           'differing', 'write_table', 'read_table', 'rounded', 'published_line', 'published_rollout', 'kept_lines',
-           'kept_rollouts', 'write_rollouts', 'read_rollouts', 'Published', 'read_published', 'publishable', 'publish',
-           'index_line', 'write_index', 'load_run', 'load_runs', 'run_table', 'load_rollouts', 'command']
+           'note_environment', 'only_writer', 'open_run', 'begin_or_continue', 'say', 'finish_run', 'tidy_finished',
+           'summarise_log', 'find_results', 'run_folders', 'published_families', 'evaluated_on', 'run_row', 'as_cell',
+           'from_cell', 'differing', 'write_table', 'read_table', 'rounded', 'published_line', 'published_rollout',
+           'kept_lines', 'kept_rollouts', 'write_rollouts', 'read_rollouts', 'Published', 'read_published',
+           'publishable', 'publish', 'index_line', 'write_index', 'load_run', 'load_runs', 'run_table', 'load_rollouts',
+           'command']
 
 # %% ../nbs/E4_runs.ipynb #578c4539
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -26,7 +27,7 @@ __package__ = __package__ or "cs336_alignment"  # so that running this file as a
 import csv, difflib, errno, hashlib, io, json, math, os, random, re
 import shutil, subprocess, sys, threading, time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache, lru_cache
 from importlib import metadata
@@ -720,6 +721,7 @@ def open_run(config: dict | Config, root: Path | str | None = None, force: bool 
         check_config(run.folder, config)
         say(run, "finished, not run again without force")
         run.summary, run.step = summary, summary["steps"]
+        tidy_finished(run.folder)
         yield run
         return
     with only_writer(run):
@@ -763,9 +765,16 @@ def finish_run(run: Run, **more) -> dict:
     run.summary = summary | {"gpu": environment.get("gpu")}
     with guarded(run, "summary.json"):
         write_json(run.folder / "summary.json", json_safe(run.summary))
-    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
-    (run.folder / ".lock").unlink(missing_ok=True)
+    tidy_finished(run.folder)
     return run.summary
+
+
+def tidy_finished(folder: Path) -> None:
+    """Remove checkpoints, lock and half-written files of a finished run; `open_run` does it after a kill in between."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for left in [folder / ".lock", *folder.glob(".*.json.[0-9]*")]:
+        with suppress(OSError):
+            left.unlink()
 
 # %% ../nbs/E4_runs.ipynb #4740c87f
 def summarise_log(config: dict, lines: list[dict]) -> dict:
