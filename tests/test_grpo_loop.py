@@ -727,7 +727,7 @@ LOSSES = EXTRAS | {name: dict(loss_type=name) for name in ("no_baseline", "grpo_
     "default": {}, "masked_normalize": dict(length_normalization="masked_normalize"), "rate": dict(learning_rate=1e-4)}
 
 
-@pytest.mark.parametrize("dtype, exact", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("dtype, exact", [(torch.float64, 1e-6), (torch.float32, 1e-4)])
 def test_a_stacked_step_is_the_step_of_each_run(dtype, exact):
     """All losses in one stack, two epochs of two train batches, three steps; with momentum, which a batch without a
     gradient must not let move. In float32 AdamW makes steps of the rounding of gradients that are nearly zero."""
@@ -761,7 +761,7 @@ def test_stacked_passes_of_any_size_are_the_same(monkeypatch):
         s = stack_of(configs, [tiny_policy()[0].double() for _ in configs])
         stacked.stacked_grpo_step(s, stacked.stacked_rollouts(s, 1), 1)
         after.append([weights_of(p) for p in s.stack.policies])
-    torch.testing.assert_close(after[0], after[1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(after[0], after[1], rtol=0, atol=1e-6)  # RMSNorm rounds to float32 inside
 
 
 @pytest.mark.parametrize("sampling", [
