@@ -138,10 +138,12 @@ def name_part(value: Any) -> str:
 def variant_name(changes: dict, default: str = "default", preset: Config | None = None) -> str:
     """A variant's name that says what differs from the preset: {"learning_rate": 2e-5} → "learning_rate2e-05".
 
-    Left out is what the preset has too, if it is given, and what names the run anyway (RUN_KEYS)."""
+    Left out is what the preset has too, if it is given, and what names the run anyway (RUN_KEYS). Of a name that would
+    be too long for a folder the end is a digest."""
     changes = {k: v for k, v in changes.items()
                if k not in RUN_KEYS and (preset is None or getattr(preset, k, None) != v)}
-    return "-".join(f"{name}{name_part(value)}" for name, value in changes.items()) or default
+    name = "-".join(f"{key}{name_part(value)}" for key, value in changes.items()) or default
+    return name if len(name) <= 120 else f"{name[:100]}.{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 # %% ../nbs/E4_runs.ipynb #5c1de0a7
 def sweep_names(configs: Sequence[Config], changes: dict) -> list[Config]:
