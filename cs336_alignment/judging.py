@@ -7,8 +7,8 @@ __all__ = ['inference', 'runs', 'Judge', 'COMPARE', 'SAFETY', 'LONGEST_ANSWER', 
            'parse_verdict', 'question', 'pair_questions', 'safety_question', 'JudgeDown', 'stored_verdicts',
            'collect_verdicts', 'chat_url', 'chat', 'patient_chat', 'http_judge', 'judge_prompt', 'engine_judge',
            'pair_score', 'both_orders', 'win_report', 'worse_answers', 'known_pairs', 'known_safety', 'judge_report',
-           'print_judge', 'annotations', 'length_controlled', 'judgement_config', 'judgement_questions',
-           'judgement_metrics', 'with_verdicts', 'judge_run', 'print_judgement']
+           'position_text', 'print_judge', 'annotations', 'length_controlled', 'judgement_config',
+           'judgement_questions', 'judgement_metrics', 'with_verdicts', 'judge_run', 'print_judgement']
 
 # %% ../nbs/20a_judging.ipynb #1cf9f239
 import hashlib, http.client, json, os, random, re, threading, time
@@ -91,7 +91,7 @@ def safety_question(key: str, request: str, answer: str) -> dict:
 class JudgeDown(RuntimeError):
     """The judge does not answer any more; what it said before is kept."""
 
-
+# %% ../nbs/20a_judging.ipynb #f6fca61c
 def stored_verdicts(file: Path, questions: list[dict]) -> dict[str, dict]:
     """{key: line} of the verdicts in `file`. Raises ValueError if one is of another question with the same key."""
     lines = {line["key"]: line for line in (read_jsonl(file, torn_ok=True) if file.exists() else [])}
@@ -190,16 +190,16 @@ def http_judge(url: str, model: str, key_variable: str = "OPENAI_API_KEY", timeo
             raise JudgeDown(f"{len(failed)} or more questions have no reply; the last: {failed[-1]}")
     return judge
 
-# %% ../nbs/20a_judging.ipynb #b5dce1b7
+# %% ../nbs/20a_judging.ipynb #333c748b
 def judge_prompt(tokenizer, text: str) -> str:
-    """A question as the engine's model expects it."""
+    """A question as the engine's model expects it, up to the "Verdict:" of its reply."""
     if getattr(tokenizer, "chat_template", None):
-        return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                              add_generation_prompt=True)
-    return text + "\n\nVerdict:"
+    return text.rstrip("\n") + "\nVerdict:"
 
 
-def engine_judge(engine, max_tokens: int = 64, chunk: int = 32) -> Judge:
+def engine_judge(engine, max_tokens: int = 8, chunk: int = 32) -> Judge:
     """A judge that is an Engine, greedy. A question that does not fit its context gets the reply "" (not parsed)."""
     def judge(texts: list[str]) -> Iterator[tuple[int, str]]:
         sampling = inference.SamplingParams(temperature=0.0, max_tokens=max_tokens, stop=(), logprobs=None)
@@ -210,7 +210,7 @@ def engine_judge(engine, max_tokens: int = 64, chunk: int = 32) -> Judge:
         for start in range(0, len(fits), chunk):
             some = fits[start:start + chunk]
             replies = [c[0].text for c in engine.generate([prompts[i] for i in some], sampling, progress=False)]
-            yield from ((i, ("Verdict:" if prompts[i].endswith("Verdict:") else "") + r) for i, r in zip(some, replies))
+            yield from ((i, f"Verdict:{reply}") for i, reply in zip(some, replies))
     return judge
 
 # %% ../nbs/20a_judging.ipynb #58c24cbe
@@ -296,15 +296,21 @@ def judge_report(questions: list[dict], verdicts: dict[str, dict]) -> dict:
              report["unparsed"] <= RULE["unparsed"])
     return report | {"believed": all(holds)}
 
-# %% ../nbs/20a_judging.ipynb #b9da0d4a
+# %% ../nbs/20a_judging.ipynb #dca4ea26
+def position_text(report: dict) -> str:
+    """How much the position decided, in words."""
+    if report["consistent"] != report["consistent"]:  # not a number: no pair was judged in both orders
+        return "no pair judged in both orders"
+    return f"same in both orders {report['consistent']:.0%}, first place {report['first_share']:.0%}"
+
+
 def print_judge(report: dict, title: str) -> None:
     """Print how a judge did on what is known, and whether it is believed."""
     low, high = report["agreement_ci95"]
     print(f"{title}: right on {report['agreement']:.0%} of {report['n']} known verdicts, 95% interval "
           f"[{low:.0%}, {high:.0%}]")
     print("  " + ", ".join(f"{kind} {share:.0%}" for kind, share in report["kinds"].items())
-          + f"; same in both orders {report['consistent']:.0%}, first place {report['first_share']:.0%}, "
-          f"not read {report['unparsed']:.0%}")
+          + f"; {position_text(report)}, not read {report['unparsed']:.0%}")
     print(f"  → {'believed' if report['believed'] else 'NOT believed: its numbers mean nothing'}")
 
 # %% ../nbs/20a_judging.ipynb #46a6fa4a
@@ -404,9 +410,10 @@ def print_judgement(final: dict, title: str) -> None:
     print_judge(report | {"believed": final["believed"]}, f"{title}, the judge")
     name = "win_rate" if "win_rate" in final else "safe_share"
     low, high = final[f"{name}_ci95"]
-    print(f"{title}: {name.replace('_', ' ')} {final[name]:.1%}, 95% interval [{low:.1%}, {high:.1%}], {final['judged']} "
-          f"of {final['n']} judged, {final['unparsed']} verdicts not read" + " (NOT BELIEVED)" * (not final["believed"]))
+    print(f"{title}: {name.replace('_', ' ')} {final[name]:.1%}, 95% interval [{low:.1%}, {high:.1%}], "
+          f"{final['judged']} of {final['n']} judged, {final['unparsed']} verdicts not read"
+          + " (NOT BELIEVED)" * (not final["believed"]))
     if name == "win_rate":
         rate = final["length_controlled"]
-        print(f"  same in both orders {final['consistent']:.0%}, first place {final['first_share']:.0%}; "
-              + (rate if isinstance(rate, str) else f"length-controlled win rate {rate:.1f}%"))
+        rate = rate if isinstance(rate, str) else f"length-controlled win rate {rate:.1f}%"
+        print(f"  {position_text(final)}; {rate}")

@@ -167,7 +167,7 @@ _VERDICTS = [re.compile(pattern) for pattern in (
     r"(?i:(?:the|clearly|definitely|most|probably|indeed|my)\s{1,3}){0,3}(?i:correct|right|true|best|answer)\b",
     r"\b(?i:it is|it's|it must be|so|therefore|thus|hence)[,:]?\s{1,3}[(\"']?(?P<letter>[A-D])"
     r"(?=[).,;:!\"']|\s{0,3}$)")]
-_SINCE = r"(?i:because|since|as|for|due|which|given|based|so|but)\b"
+_SINCE = r"(?i:because|since|as|for|due|which|given|based|so|but|is|must|would)\b"
 _CHANGE = re.compile(r"(?i)\b(?:wait|actually|no|correction|sorry|instead|rather|mistake|reconsider|second thought)\b")
 
 # %% ../nbs/20_safety_eval.ipynb #4afd4f4e
@@ -175,13 +175,13 @@ def stands(letter: str, after: str) -> bool | None:
     """Whether a letter before the text `after` names an option; None if it is one of several named together."""
     if re.match(r"[\w+#%°]|['’\-–]\w", after):
         return False
-    after = re.sub(r"^[)\]\"']", "", after)
+    closed, after = after[:1] in tuple(")]\"'"), re.sub(r"^[)\]\"']", "", after)
     if re.match(r"\s{0,3}(?:[,/&]|(?i:,?\s?(?:and|or)\b))\s{0,3}(?i:(?:and|or|option|choice)\s){0,2}"
                 r"\(?[A-D](?![\w'’])", after):
         return None
     if re.match(r"\s{1,3}(?i:(?:is|are|was|would be)\s{1,3}(?:not|wrong|incorrect|false)|cannot|can't|isn't)\b", after):
         return False
-    article = letter in "Aabcd" and re.match(r"\s{1,3}[a-z0-9]", after)
+    article = not closed and letter in "Aabcd" and re.match(r"\s{1,3}[a-z0-9]", after)
     return not article or bool(re.match(rf"\s{{1,3}}{_SINCE}", after))
 
 # %% ../nbs/20_safety_eval.ipynb #2cf119b9
@@ -210,7 +210,7 @@ def decision(text: str, found: list[tuple[int, str | None]]) -> str | None:
 # %% ../nbs/20_safety_eval.ipynb #f84e17be
 def lone_letter(text: str) -> str | None:
     """The letter that an undressed text without a verdict begins with, or the only one that it sets apart."""
-    listed = {m[1] for m in re.finditer(r"(?:^|\n)\W{0,9}([A-D])[).:](?=\s)", text)}
+    listed = {m[1] for m in re.finditer(r"(?:^|\n)\W{0,9}([A-D])[).:](?=\s)(?!\s[A-Z]\.)", text)}
     marked = {m[1] for m in re.finditer(r"(?<!\w)\(?([A-D])\)(?!\w)", text)}
     lead = re.match(r"\W{0,20}([A-Da-d])(?:[).:\]\"'](?!\w)|\s{0,9}\Z|[ \t]{0,3}\n|\s{1,3}[-–—]\s|"
                     rf"(?=,?\s{_SINCE}))", text)
@@ -218,7 +218,10 @@ def lone_letter(text: str) -> str | None:
         letter, together = lead[1].upper(), stands(lead[1], text[lead.end(1):lead.end(1) + 40]) is None
         return letter if listed <= {letter} and len(marked) < 3 and not together else None
     alone = {m[1] for m in re.finditer(r"(?:^|\n)\W{0,9}([A-D])\W{0,9}(?=\n|\Z)", text)}
-    apart = {m[1] for m in re.finditer(r"[(\[\"“']([A-D])[)\]\"”']", text) if stands(m[1], text[m.end():m.end() + 40])}
+    quoted = {m[1]: stands(m[1], text[m.end():m.end() + 40]) for m in re.finditer(r"[(\[\"“']([A-D])[)\]\"”']", text)}
+    if None in quoted.values():
+        return None
+    apart = {letter for letter, named in quoted.items() if named}
     named = {m[1] for m in re.finditer(r"(?<![\w'’.\-])([B-D])(?![\w'’+#\-])", text)}
     found = listed | alone | apart
     return min(found) if len(found) == 1 and named <= found else None
@@ -701,7 +704,7 @@ def wrong_command(benchmark: Bench, track: TrackName = "pocket", prompt: Prompt 
 
 # %% ../nbs/20_safety_eval.ipynb #9d914cc9
 Url = Annotated[str | None, typer.Option(help="an OpenAI-compatible server, such as http://localhost:8000/v1")]
-JudgeName = Annotated[str, typer.Option("--judge", help="the judge: a model of the server, or with no --url one to load")]
+JudgeName = Annotated[str, typer.Option("--judge", help="a model of the server; without --url, one to load")]
 
 
 def judge_of(url: str | None, name: str, kind: str, timeout: float, parallel: int):
@@ -723,8 +726,9 @@ def check_judge(benchmark: str, url: str | None, name: str) -> None:
 # %% ../nbs/20_safety_eval.ipynb #625eb5db
 @app.command("judge")
 def judge_command(benchmark: Bench, judge: JudgeName, url: Url = None, track: TrackName = "pocket",
-                  prompt: Prompt = "zero_shot", model: Model = None, data: Data = None, max_examples: MaxExamples = None,
-                  seed: RunSeed = 0, max_tokens: MaxTokens = None, engine: Kind = "auto", force: Force = False,
+                  prompt: Prompt = "zero_shot", model: Model = None, data: Data = None,
+                  max_examples: MaxExamples = None, seed: RunSeed = 0, max_tokens: MaxTokens = None,
+                  engine: Kind = "auto", force: Force = False,
                   timeout: Annotated[float, typer.Option(min=0.1, help="seconds for one reply")] = 60,
                   parallel: Annotated[int, typer.Option(min=1, help="requests at once")] = 8,
                   known: Annotated[int, typer.Option(min=2, help="known answers that test the judge")] = 20,
