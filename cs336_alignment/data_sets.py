@@ -305,8 +305,8 @@ def _web_file(source: Source, force: bool = False) -> Path:
             if file.tell() - begun < int(response.headers.get("Content-Length") or 0):
                 raise OSError("the connection broke")
     except (OSError, HTTPException) as e:
-        raise DataMissing(f"could not download {url} ({type(e).__name__}: {e}). Run the command again: it goes on where "
-                          "it stopped. Or put the file in its folder by hand") from e
+        raise DataMissing(f"could not download {url} ({type(e).__name__}: {e}). Run the command again: it goes on "
+                          "where it stopped. Or put the file in its folder by hand") from e
     part.replace(path)
     return path
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['inference', 'runs', 'Judge', 'COMPARE', 'SAFETY', 'LONGEST_ANSWER', 'PASSING', 'REFUSALS', 'WILLING', 'RULE', 'asked',
            'parse_verdict', 'question', 'pair_questions', 'safety_question', 'JudgeDown', 'stored_verdicts',
-           'collect_verdicts', 'chat_url', 'chat', 'patient_chat', 'http_judge', 'judge_prompt', 'engine_judge',
-           'pair_score', 'both_orders', 'win_report', 'worse_answers', 'known_pairs', 'known_safety', 'judge_report',
-           'position_text', 'print_judge', 'annotations', 'length_controlled', 'judgement_config',
+           'collect_verdicts', 'chat_url', 'chat', 'patient_chat', 'http_judge', 'opening', 'judge_prompt',
+           'engine_judge', 'pair_score', 'both_orders', 'win_report', 'worse_answers', 'known_pairs', 'known_safety',
+           'judge_report', 'position_text', 'print_judge', 'annotations', 'length_controlled', 'judgement_config',
            'judgement_questions', 'judgement_metrics', 'with_verdicts', 'judge_run', 'print_judgement']
 
 # %% ../nbs/20a_judging.ipynb #1cf9f239
@@ -65,8 +65,8 @@ def asked(template: str, **values: str) -> str:
 def parse_verdict(reply: str, allowed: tuple[str, ...]) -> str | None:
     """The one verdict of a reply: what follows "Verdict:", or all that it says; None if there are several or none."""
     words = "|".join(map(re.escape, allowed))
-    said = re.findall(rf"(?i)\bverdict\W{{1,9}}(?:answer\s{{1,3}})?({words})\b", reply)
-    said = said or re.findall(rf"(?i)\A\W{{0,9}}(?:answer\s{{1,3}})?({words})\W{{0,9}}\Z", reply)
+    said = re.findall(rf"(?i)\bverdict\W{{1,9}}(?:(?:the )?answer (?:is )?\s{{0,3}})?({words})\b", reply)
+    said = said or re.findall(rf"(?i)\A\W{{0,9}}(?:answer )?({words})\W{{0,9}}\Z", reply)
     found = {word.lower() for word in said}
     return found.pop() if len(found) == 1 else None
 
@@ -190,13 +190,19 @@ def http_judge(url: str, model: str, key_variable: str = "OPENAI_API_KEY", timeo
             raise JudgeDown(f"{len(failed)} or more questions have no reply; the last: {failed[-1]}")
     return judge
 
-# %% ../nbs/20a_judging.ipynb #333c748b
+# %% ../nbs/20a_judging.ipynb #23b42f34
+def opening(text: str) -> str:
+    """The beginning of a reply to a judge's question, which a model in this process continues."""
+    return "Verdict: Answer" if "[Answer 1]" in text else "Verdict: The answer is"
+
+
 def judge_prompt(tokenizer, text: str) -> str:
-    """A question as the engine's model expects it, up to the "Verdict:" of its reply."""
+    """A question as the engine's model expects it, with the `opening` of its reply."""
+    begin = opening(text)
     if getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                              add_generation_prompt=True)
-    return text.rstrip("\n") + "\nVerdict:"
+    return text.rstrip("\n") + "\n" + begin
 
 
 def engine_judge(engine, max_tokens: int = 8, chunk: int = 32) -> Judge:
@@ -210,7 +216,7 @@ def engine_judge(engine, max_tokens: int = 8, chunk: int = 32) -> Judge:
         for start in range(0, len(fits), chunk):
             some = fits[start:start + chunk]
             replies = [c[0].text for c in engine.generate([prompts[i] for i in some], sampling, progress=False)]
-            yield from ((i, f"Verdict:{reply}") for i, reply in zip(some, replies))
+            yield from ((i, opening(texts[i]) + reply) for i, reply in zip(some, replies))
     return judge
 
 # %% ../nbs/20a_judging.ipynb #58c24cbe

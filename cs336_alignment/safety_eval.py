@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['inference', 'models', 'runs', 'side_by_side', 'torch', 'judging', 'vllm_engine', 'PROMPTS', 'MMLU_QUERY',
-           'BENCHMARKS', 'MMLU_GROUPS', 'GROUP_OF', 'app', 'Bench', 'Benches', 'Prompt', 'Model', 'Data', 'MaxExamples',
-           'MaxTokens', 'Kind', 'DryRun', 'RunSeed', 'Url', 'JudgeName', 'csv_rows', 'read_mmlu', 'read_alpaca_eval',
+           'BENCHMARKS', 'MMLU_GROUPS', 'GROUP_OF', 'app', 'Bench', 'Benches', 'PromptName', 'DataPlace', 'MaxExamples',
+           'MostTokens', 'DryRun', 'RunSeed', 'Url', 'JudgeName', 'csv_rows', 'read_mmlu', 'read_alpaca_eval',
            'read_sst', 'read_gsm8k_examples', 'fill', 'instruction_template', 'cut_answer', 'mmlu_query', 'undressed',
            'stands', 'verdicts', 'decision', 'lone_letter', 'option_text', 'parse_mmlu_response',
-           'parse_gsm8k_response', 'same_number', 'Benchmark', 'benchmark_of', 'benchmark_path', 'load_examples',
+           'parse_gsm8k_response', 'equals_gold', 'Benchmark', 'benchmark_of', 'benchmark_path', 'load_examples',
            'make_plan', 'scored', 'evaluate', 'greedy', 'benchmark_metrics', 'print_benchmark', 'safety_config',
            'config_examples', 'evaluator_text', 'thin', 'safety_run', 'draw_wrong', 'shorten', 'print_wrong', 'EvalJob',
-           'suite_jobs', 'by_model', 'run_jobs', 'run_jobs_apart', 'check_call', 'sizes_for', 'asked_jobs', 'say_plan',
-           'check_jobs', 'run_command', 'suite_command', 'jobs_command', 'finished_records', 'wrong_command',
-           'judge_of', 'check_judge', 'judge_command']
+           'by_model', 'sizes_for', 'asked_jobs', 'run_jobs', 'run_jobs_apart', 'check_call', 'say_plan', 'check_jobs',
+           'run_command', 'suite_command', 'jobs_command', 'finished_records', 'wrong_command', 'judge_of',
+           'check_judge', 'judge_command']
 
 # %% ../nbs/20_safety_eval.ipynb #fc6eeb09
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -34,8 +34,8 @@ from tqdm.auto import tqdm
 from .cli import Force, Root, TrackName, later, told
 from .data import (DataError, DataMissing, _field, _read_text, data_folders, prompt_path, read_gsm8k,
                                   read_jsonl, read_records)
-from .evaluate_math import (check_numbers, finished_lines, is_finished, keep_lines, plan_lines,
-                                           preset_of, wilson)
+from .evaluate_math import (Kind, Model, check_numbers, finished_lines, is_finished, keep_lines,
+                                           plan_lines, preset_of, wilson)
 
 inference, models, runs = (later(f"cs336_alignment.{name}") for name in ("inference", "models", "runs"))
 side_by_side, torch = later("cs336_alignment.side_by_side"), later("torch")
@@ -218,10 +218,10 @@ def lone_letter(text: str) -> str | None:
         letter, together = lead[1].upper(), stands(lead[1], text[lead.end(1):lead.end(1) + 40]) is None
         return letter if listed <= {letter} and len(marked) < 3 and not together else None
     alone = {m[1] for m in re.finditer(r"(?:^|\n)\W{0,9}([A-D])\W{0,9}(?=\n|\Z)", text)}
-    quoted = {m[1]: stands(m[1], text[m.end():m.end() + 40]) for m in re.finditer(r"[(\[\"“']([A-D])[)\]\"”']", text)}
-    if None in quoted.values():
+    quoted = [(m[1], stands(m[1], text[m.end():m.end() + 40])) for m in re.finditer(r"[(\[\"“']([A-D])[)\]\"”']", text)]
+    if any(named is None for _, named in quoted):
         return None
-    apart = {letter for letter, named in quoted.items() if named}
+    apart = {letter for letter, named in quoted if named}
     named = {m[1] for m in re.finditer(r"(?<![\w'’.\-])([B-D])(?![\w'’+#\-])", text)}
     found = listed | alone | apart
     return min(found) if len(found) == 1 and named <= found else None
@@ -261,8 +261,8 @@ def parse_gsm8k_response(model_output: str) -> str | None:
     before = text[max(0, last.start() - 3):last.start()]
     return ("-" if _MINUS.search(before) else "") + ("0" if number[0] == "." else "") + number
 
-# %% ../nbs/20_safety_eval.ipynb #a4160346
-def same_number(found: str | None, gold: str) -> bool:
+# %% ../nbs/20_safety_eval.ipynb #d44e5d61
+def equals_gold(found: str | None, gold: str) -> bool:
     """Whether a parsed number equals the true one."""
     try:
         return found is not None and Decimal(found) == Decimal(gold.replace(",", ""))
@@ -344,7 +344,7 @@ def scored(name: str, line: dict, prompt: str) -> dict:
     if not (parse := benchmark_of(name).parse):
         return line
     parsed = parse(line, line["answer"])
-    right = parsed == line["ground_truth"] if name == "mmlu" else same_number(parsed, line["ground_truth"])
+    right = parsed == line["ground_truth"] if name == "mmlu" else equals_gold(parsed, line["ground_truth"])
     return line | {"parsed": parsed, "right": right}
 
 # %% ../nbs/20_safety_eval.ipynb #e72cffe5
@@ -524,20 +524,27 @@ class EvalJob:
         return runs.run_folder(self.config, root)
 
 
-def suite_jobs(zero_shot=(), alpaca=(), benchmarks=tuple(BENCHMARKS), **settings) -> list[EvalJob]:
-    """A job for each model and benchmark. zero_shot, alpaca: the models that are asked in this prompt.
-
-    settings: as of `safety_config`. Raises ValueError for an unknown benchmark or setting."""
-    return [EvalJob(safety_config(b, prompt=prompt, model=model, **settings))
-            for prompt, names in (("zero_shot", zero_shot), ("alpaca", alpaca)) for model in names for b in benchmarks]
-
-
 def by_model(jobs: list[EvalJob]) -> dict[str, list[EvalJob]]:
     """Jobs by their model, in order."""
     found = {}
     for job in jobs:
         found.setdefault(job.config["model"], []).append(job)
     return found
+
+# %% ../nbs/20_safety_eval.ipynb #1f413d24
+def sizes_for(name: str, data, n: int | None, max_tokens: int | None) -> dict:
+    """What was asked for, or what ends in minutes on this machine. n: 0 for all."""
+    if torch.cuda.is_available():
+        return {"n": n or None, "max_tokens": max_tokens, "chunk_size": 1024}
+    few = min(32, len(load_examples(name, data))) if n is None else n or None
+    return {"n": few, "max_tokens": min(256, benchmark_of(name).max_tokens) if max_tokens is None else max_tokens,
+            "chunk_size": 16}
+
+
+def asked_jobs(benchmarks, pairs, track, data, n, seed, max_tokens) -> list[EvalJob]:
+    """A job for each (prompt, model) pair and benchmark, with sizes for this machine; model None: the track's."""
+    return [EvalJob(safety_config(b, track, prompt, model, data, seed=seed, **sizes_for(b, data, n, max_tokens)))
+            for prompt, model in pairs for b in benchmarks]
 
 # %% ../nbs/20_safety_eval.ipynb #25f01147
 def run_jobs(jobs: list[EvalJob], root: Path | None = None, kind="auto", force=False, progress=False) -> list[dict]:
@@ -551,8 +558,8 @@ def run_jobs(jobs: list[EvalJob], root: Path | None = None, kind="auto", force=F
                 print_benchmark(job.config["benchmark"], summary["final"], f"{model}, {job.config['variant']}")
     return [done[job.folder(root)] for job in jobs]
 
-# %% ../nbs/20_safety_eval.ipynb #2e4394cd
-def run_jobs_apart(jobs: list[EvalJob], processes: int, root: Path | None, kind: str) -> list[dict | None]:
+# %% ../nbs/20_safety_eval.ipynb #6a8edb8d
+def run_jobs_apart(jobs: list[EvalJob], processes: int, root: Path | None, kind: str) -> list[dict]:
     """The same with the models dealt out to processes, each with its GPU. Raises RuntimeError if one of them failed."""
     root = Path(root or runs.repo_root() / "results" / "runs")
     groups = list(by_model([job for job in jobs if not runs.read_summary(job.folder(root))]).values())
@@ -567,21 +574,22 @@ def run_jobs_apart(jobs: list[EvalJob], processes: int, root: Path | None, kind:
         running.append(side_by_side.start_process(command, file.with_suffix(f".{k}.log"), place))
     side_by_side.watch(running, jobs, root, runs.seen_by_someone())
     side_by_side.say_failures(running, file)
-    return [runs.read_summary(job.folder(root)) for job in jobs]
+    summaries = [runs.read_summary(job.folder(root)) for job in jobs]
+    for job, summary in zip(jobs, summaries):
+        print_benchmark(job.config["benchmark"], summary["final"], f"{job.config['model']}, {job.config['variant']}")
+    return summaries
 
 # %% ../nbs/20_safety_eval.ipynb #23543af8
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
                   help="MMLU, GSM8K, AlpacaEval and SimpleSafetyTests (CS336 assignment 5, supplement).")
 Bench = Annotated[str, typer.Option(help=" | ".join(BENCHMARKS))]
 Benches = Annotated[list[str], typer.Option("--benchmark", help="repeat for several")]
-Prompt = Annotated[str, typer.Option(help="zero_shot (base models) | alpaca (models tuned with it)")]
-Model = Annotated[str | None, typer.Option(help="a model's name on the hub or its folder (default: the track's)")]
-Data = Annotated[str | None, typer.Option(help="a file or folder of examples (default: in a data folder)")]
+PromptName = Annotated[str, typer.Option(help="zero_shot (base models) | alpaca (models tuned with it)")]
+DataPlace = Annotated[str | None, typer.Option(help="a file or folder of examples (default: in a data folder)")]
 MaxExamples = Annotated[int | None, typer.Option(help="examples, drawn with --seed; 0 for all (default: all with a "
                                                       "GPU, 32 without)")]
-MaxTokens = Annotated[int | None, typer.Option(help="longest response in tokens (default: the benchmark's, at most 256 "
-                                                    "without a GPU)")]
-Kind = Annotated[str, typer.Option(help="auto | vllm | transformers")]
+MostTokens = Annotated[int | None, typer.Option(help="longest response in tokens (default: the benchmark's, at "
+                                                     "most 256 without a GPU)")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, say what would be run, and stop")]
 RunSeed = Annotated[int, typer.Option(help="which examples are drawn")]
 
@@ -605,21 +613,6 @@ def check_call(benchmarks, prompts, models_asked, track, data, n, seed, max_toke
     for model in models_asked:
         models.model_dir(model or preset.model)
 
-# %% ../nbs/20_safety_eval.ipynb #1f413d24
-def sizes_for(name: str, data, n: int | None, max_tokens: int | None) -> dict:
-    """What was asked for, or what ends in minutes on this machine. n: 0 for all."""
-    if torch.cuda.is_available():
-        return {"n": n or None, "max_tokens": max_tokens, "chunk_size": 1024}
-    few = min(32, len(load_examples(name, data))) if n is None else n or None
-    return {"n": few, "max_tokens": min(256, benchmark_of(name).max_tokens) if max_tokens is None else max_tokens,
-            "chunk_size": 16}
-
-
-def asked_jobs(benchmarks, pairs, track, data, n, seed, max_tokens) -> list[EvalJob]:
-    """A job for each (prompt, model) pair and benchmark, with sizes for this machine; model None: the track's."""
-    return [EvalJob(safety_config(b, track, prompt, model, data, seed=seed, **sizes_for(b, data, n, max_tokens)))
-            for prompt, model in pairs for b in benchmarks]
-
 # %% ../nbs/20_safety_eval.ipynb #81cb263d
 def say_plan(jobs: list[EvalJob], root: Path | None) -> None:
     """Print a line for each job: its folder, how many examples, and whether it is finished."""
@@ -635,11 +628,12 @@ def check_jobs(jobs: list[EvalJob], root: Path | None, force: bool) -> None:
         plan = lambda c: make_plan(c["benchmark"], config_examples(c), c["prompt"], greedy(c["prompt"], 1), 1)
         inference.check_room(model, [line["prompt"] for job in group for line in plan(job.config)])
 
-# %% ../nbs/20_safety_eval.ipynb #f9a12d01
+# %% ../nbs/20_safety_eval.ipynb #9fbb4069
 @app.command("run")
-def run_command(benchmark: Bench, track: TrackName = "pocket", prompt: Prompt = "zero_shot", model: Model = None,
-                data: Data = None, max_examples: MaxExamples = None, seed: RunSeed = 0, max_tokens: MaxTokens = None,
-                engine: Kind = "auto", force: Force = False, root: Root = None, dry_run: DryRun = False):
+def run_command(benchmark: Bench, track: TrackName = "pocket", prompt: PromptName = "zero_shot", model: Model = None,
+                data: DataPlace = None, max_examples: MaxExamples = None, seed: RunSeed = 0,
+                max_tokens: MostTokens = None, engine: Kind = "auto", force: Force = False, root: Root = None,
+                dry_run: DryRun = False):
     """Evaluate a model on a benchmark and print the metrics; a killed run continues."""
     with told():
         check_call([benchmark], [prompt], [model], track, data, max_examples, seed, max_tokens, engine, root)
@@ -656,7 +650,7 @@ def run_command(benchmark: Bench, track: TrackName = "pocket", prompt: Prompt = 
 def suite_command(zero_shot: Annotated[list[str], typer.Option(help="a model to ask in this prompt (repeat)")] = [],
                   alpaca: Annotated[list[str], typer.Option(help="a model to ask in this prompt (repeat)")] = [],
                   benchmark: Benches = list(BENCHMARKS), track: TrackName = "pocket", max_examples: MaxExamples = None,
-                  seed: RunSeed = 0, max_tokens: MaxTokens = None, engine: Kind = "auto",
+                  seed: RunSeed = 0, max_tokens: MostTokens = None, engine: Kind = "auto",
                   processes: Annotated[int | None, typer.Option(min=1, help="default: one a GPU")] = None,
                   root: Root = None, dry_run: DryRun = False):
     """Evaluate several models on several benchmarks; what is finished is not run again."""
@@ -673,9 +667,9 @@ def suite_command(zero_shot: Annotated[list[str], typer.Option(help="a model to 
     with told(runs.RunConflict, runs.DiskFull, RuntimeError):
         run_jobs(jobs, root, engine) if apart == 1 else run_jobs_apart(jobs, apart, root, engine)
 
-# %% ../nbs/20_safety_eval.ipynb #be7b1b58
+# %% ../nbs/20_safety_eval.ipynb #a3dad764
 @app.command("jobs", hidden=True)
-def jobs_command(file: Path, root: Path, engine: Kind = "auto"):
+def jobs_command(file: Path, engine: Kind = "auto", root: Root = None):
     """One process of a suite: the configurations of a file."""
     run_jobs([EvalJob(config) for config in json.loads(file.read_text("utf-8"))], root, engine)
 
@@ -688,11 +682,12 @@ def finished_records(benchmark, track, prompt, model, data, max_examples, seed, 
         raise ValueError(f"no finished run with responses in {folder}: first `safety_eval.py run` with these options")
     return job.config, read_jsonl(folder / "responses.jsonl")
 
-# %% ../nbs/20_safety_eval.ipynb #d546612d
+# %% ../nbs/20_safety_eval.ipynb #a717e25a
 @app.command("wrong")
-def wrong_command(benchmark: Bench, track: TrackName = "pocket", prompt: Prompt = "zero_shot", model: Model = None,
-                  data: Data = None, max_examples: MaxExamples = None, seed: RunSeed = 0, max_tokens: MaxTokens = None,
-                  root: Root = None, unparsed: Annotated[bool, typer.Option(help="only those")] = False,
+def wrong_command(benchmark: Bench, track: TrackName = "pocket", prompt: PromptName = "zero_shot", model: Model = None,
+                  data: DataPlace = None, max_examples: MaxExamples = None, seed: RunSeed = 0,
+                  max_tokens: MostTokens = None, root: Root = None,
+                  unparsed: Annotated[bool, typer.Option(help="only those")] = False,
                   show: Annotated[int, typer.Option(min=1, help="how many")] = 10):
     """Print random wrong responses of a finished run, to be read."""
     with told():
@@ -716,18 +711,19 @@ def judge_of(url: str | None, name: str, kind: str, timeout: float, parallel: in
 
 
 def check_judge(benchmark: str, url: str | None, name: str) -> None:
-    """Raises ValueError or OSError for a benchmark without a judge, an address that is none, or an unknown model."""
+    """Raises ValueError for a benchmark that needs no judge, no name, or an address that is none."""
     if benchmark_of(benchmark).parse:
         raise ValueError(f"{benchmark} has right answers and needs no judge: alpaca_eval and sst do")
     if not name:
         raise ValueError("--judge names nothing: a model's name on the server, or one to load")
-    judging.chat_url(url) if url else models.model_dir(name)
+    if url is not None:
+        judging.chat_url(url)
 
 # %% ../nbs/20_safety_eval.ipynb #625eb5db
 @app.command("judge")
 def judge_command(benchmark: Bench, judge: JudgeName, url: Url = None, track: TrackName = "pocket",
-                  prompt: Prompt = "zero_shot", model: Model = None, data: Data = None,
-                  max_examples: MaxExamples = None, seed: RunSeed = 0, max_tokens: MaxTokens = None,
+                  prompt: PromptName = "zero_shot", model: Model = None, data: DataPlace = None,
+                  max_examples: MaxExamples = None, seed: RunSeed = 0, max_tokens: MostTokens = None,
                   engine: Kind = "auto", force: Force = False,
                   timeout: Annotated[float, typer.Option(min=0.1, help="seconds for one reply")] = 60,
                   parallel: Annotated[int, typer.Option(min=1, help="requests at once")] = 8,
@@ -735,8 +731,9 @@ def judge_command(benchmark: Bench, judge: JudgeName, url: Url = None, track: Tr
                   root: Root = None, dry_run: DryRun = False):
     """Have a judge read the responses of a finished run; test the judge first. A broken-off judgement continues."""
     with told():
-        check_call([benchmark], [prompt], [model], track, data, max_examples, seed, max_tokens, engine, root)
         check_judge(benchmark, url, judge)
+        models_needed = [model] if url else [model, judge]
+        check_call([benchmark], [prompt], models_needed, track, data, max_examples, seed, max_tokens, engine, root)
         base, records = finished_records(benchmark, track, prompt, model, data, max_examples, seed, max_tokens, root)
         config = judging.judgement_config(base, judge, known)
         runs.check_folder(config, root)
