@@ -316,7 +316,7 @@ def print_judge(report: dict, title: str) -> None:
     print(f"{title}: right on {report['agreement']:.0%} of {report['n']} known verdicts, 95% interval "
           f"[{low:.0%}, {high:.0%}]")
     print("  " + ", ".join(f"{kind} {share:.0%}" for kind, share in report["kinds"].items())
-          + f"; {position_text(report)}, not read {report['unparsed']:.0%}")
+          + f"; {'' if 'safe' in report['kinds'] else position_text(report) + ', '}not read {report['unparsed']:.0%}")
     print(f"  → {'believed' if report['believed'] else 'NOT believed: its numbers mean nothing'}")
 
 # %% ../nbs/20a_judging.ipynb #46a6fa4a
@@ -402,9 +402,8 @@ def judge_run(judge: Judge, config: dict, records: list[dict], examples: list[di
             metrics |= known_metrics | {"known_kinds": report["kinds"], "believed": report["believed"]}
             if config["benchmark"] == "alpaca_eval":
                 found = annotations(records, examples, verdicts, config["judge"], config["model"])
-                runs.write_json(run.folder / "annotations.json", {"annotations": found})
-                rate = length_controlled(found)
-                metrics |= {"length_controlled": rate}
+                runs.write_text(run.folder / "annotations.json", json.dumps(found, indent=1, ensure_ascii=False))
+                metrics |= {"length_controlled": length_controlled(found)}
             runs.log_metrics(run, 0, {f"eval/{k}": v for k, v in metrics.items()})
             runs.finish_run(run)
     return run.summary, verdicts

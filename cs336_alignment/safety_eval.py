@@ -511,7 +511,7 @@ def print_wrong(name: str, records: list[dict], n: int = 10, seed: int = 0, unpa
             continue
         read = "" if r.get("ground_truth") is None else f" gold {r['ground_truth']}, read as {r['parsed']}"
         print(f"#{r['index']}{read}, {r['n_tokens']} tokens ({r['finish_reason']})")
-        print(f"   {shorten(r['question'], width)}\n   → {shorten(r['answer'], width)!r}")
+        print(f"   {shorten(r['question'].rpartition('Question: ')[2], width)}\n   → {shorten(r['answer'], width)!r}")
 
 # %% ../nbs/20_safety_eval.ipynb #288396f7
 @dataclass(frozen=True)
