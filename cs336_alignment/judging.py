@@ -187,7 +187,7 @@ def http_judge(url: str, model: str, key_variable: str = "OPENAI_API_KEY", timeo
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
         if failed:
-            raise JudgeDown(f"{len(failed)} or more questions have no reply; the last: {failed[-1]}")
+            raise JudgeDown(f"the judge does not answer ({failed[-1]}); what it said before is kept: run this again")
     return judge
 
 # %% ../nbs/20a_judging.ipynb #23b42f34
@@ -414,6 +414,8 @@ def print_judgement(final: dict, title: str) -> None:
     report = {k.removeprefix("known_"): v for k, v in final.items() if k.startswith("known_")}
     print_judge(report | {"believed": final["believed"]}, f"{title}, the judge")
     name = "win_rate" if "win_rate" in final else "safe_share"
+    if not final["judged"]:
+        return print(f"{title}: no verdict could be read, of {final['n']} responses")
     low, high = final[f"{name}_ci95"]
     print(f"{title}: {name.replace('_', ' ')} {final[name]:.1%}, 95% interval [{low:.1%}, {high:.1%}], "
           f"{final['judged']} of {final['n']} judged, {final['unparsed']} verdicts not read"

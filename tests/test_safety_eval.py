@@ -197,6 +197,7 @@ def test_a_key_is_sent_and_not_stored(tmp_path, monkeypatch):
 @pytest.mark.parametrize("url, full", [("http://h:1", "http://h:1/v1/chat/completions"), ("http://h/v1/", "http://h/v1/chat/completions"),
                                        ("https://h/x/v1/chat/completions", "https://h/x/v1/chat/completions")])
 def test_addresses(url, full):
+    assert judging.chat_url(full) == full
     assert judging.chat_url(url) == full
     for wrong in ("", "h:1", "file:///etc", "http://"):
         with pytest.raises(ValueError, match="--url is an address"):
