@@ -155,10 +155,11 @@ def undressed(text: str) -> str:
     text = _BOX.sub(r" the answer is (\1). ", text)
     return re.sub(r"[*_`$]", "", _BOLD.sub(r"(\1)", text))
 
-# %% ../nbs/20_safety_eval.ipynb #5103413d
-_WORDS = (r"is|was|be|would|should|must|will|has|to|the|most|very|likely|probably|clearly|definitely|therefore|thus|"
+# %% ../nbs/20_safety_eval.ipynb #c2edc46f
+_WORDS = (r"is|was|be|would|should|must|might|could|will|has|to|the|most|very|likely|probably|"
+          r"clearly|definitely|therefore|thus|"
           r"option|choice|letter|answer|correct|right|best|one|indeed|this|question|for|final|my|as|follows")
-_FILL = rf"(?:\s{{0,3}}(?:(?i:\b(?:{_WORDS})\b)|[:=\-–—(\[\"'“‘,.]))"
+_FILL = rf"(?:\s{{0,3}}(?:(?i:\b(?:{_WORDS})\b)|[:=\-–—(\[<\"'“‘,.]))"
 _VERDICTS = [re.compile(pattern) for pattern in (
     rf"\b(?i:(?P<word>answer|option|choice))(?P<link>{_FILL}{{0,12}})\s{{0,3}}(?P<letter>[A-Da-d])(?!\w)",
     r"\b(?i:choose|pick|select|go with|going with|vote for)\s{1,3}(?i:(?:option|answer|choice|letter)\s{1,3})?"
@@ -231,7 +232,8 @@ def option_text(options: list[str], text: str) -> str | None:
     """The letter of the only option whose text is all that the response, or its sentence of an answer, says."""
     plain = lambda s: " ".join(re.sub(r"[^\w.,%/+\-]+", " ", s).casefold().strip(" .,").split())
     said = re.sub(r"(?i)^\W{0,9}(?:so,? )?(?:the )?(?:correct |right |best )?answer(?: is|:)\s{0,3}", "", text)
-    same = [letter for letter, option in zip("ABCD", options) if plain(option) and plain(option) == plain(said)]
+    same = [letter for letter, option in zip("ABCD", options)
+            if plain(option) and plain(said) in (plain(option), plain(f"{letter} {option}"))]
     return same[0] if len(same) == 1 else None
 
 

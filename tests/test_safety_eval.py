@@ -54,6 +54,7 @@ def test_a_letter_in_every_spelling(spelling, letter):
     ("The answer is A. Wait, actually the answer is C.", "C"), ("The answer is B. Sorry, I made a mistake, the answer is D.", "D"),
     ("The answer is not A. The answer is C.", "C"), ("A is wrong. The answer is B.", "B"), ("The correct answer is B, not A.", "B"),
     ("B. Because A is wrong and C is too.", "B"), ("The correct answer is B. The correct answer is B.", "B"), ("Option A is wrong. Option B is correct.", "B"),
+    ("A 100", "A"), ("Answer: A 100", "A"), ("B 1", "B"), ("I think the answer might be C", "C"), ("The correct answer is <B>.", "B"),
     ("I think A is a trap, so the answer is (D).", "D"), ("The answer is B because A and C are wrong.", "B")])
 def test_letters_of_other_kinds(text, letter):
     assert parse_mmlu_response(MMLU, text) == letter
