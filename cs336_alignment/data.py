@@ -277,7 +277,7 @@ def load_prompt(name_or_path: str | Path) -> str:
     if not path.is_file():
         path = Path(name_or_path)
     if not path.is_file():
-        shipped = sorted(p.stem for p in prompt_path("any").parent.glob("*.prompt"))
+        shipped = sorted(p.stem for p in prompt_path("any").parent.glob("*.prompt") if "{question}" in _read_text(p))
         raise DataMissing(f"no prompt named '{name_or_path}' and no such file; shipped prompts: {', '.join(shipped)}")
     template = _read_text(path)
     if "{question}" not in template:

@@ -3,6 +3,7 @@
 from cs336_alignment.grpo_helper import (compute_group_normalized_rewards, compute_grpo_clip_loss,
                                          compute_naive_policy_gradient_loss, compute_policy_gradient_loss,
                                          grpo_microbatch_train_step, masked_mean)
+from cs336_alignment.safety_eval import parse_gsm8k_response, parse_mmlu_response
 from cs336_alignment.sft_helper import (compute_entropy, get_response_log_probs, masked_normalize,
                                         sft_microbatch_train_step, tokenize_prompt_and_output)
 
@@ -16,4 +17,6 @@ run_compute_naive_policy_gradient_loss = compute_naive_policy_gradient_loss
 run_compute_grpo_clip_loss = compute_grpo_clip_loss
 run_compute_policy_gradient_loss = compute_policy_gradient_loss
 run_masked_mean = masked_mean
+run_parse_mmlu_response = parse_mmlu_response
+run_parse_gsm8k_response = parse_gsm8k_response
 run_grpo_microbatch_train_step = grpo_microbatch_train_step

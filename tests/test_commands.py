@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "vllm", "pandas", "scipy", "matplotlib", "sympy", "wandb"}
 COMMANDS = ["evaluate_math", "sft_math_reasoning", "sft_math_reasoning_ei", "grpo_experiments", "grpo", "run_queue", "runs", "data",
-            "data_sets", "drgrpo_grader"]
+            "data_sets", "drgrpo_grader", "safety_eval"]
 REPORT = """
 import atexit, runpy, sys
 atexit.register(lambda: print("imported:", *sys.modules.keys() & set({heavy}), file=sys.stderr))
@@ -60,6 +60,31 @@ def test_slips_in_the_zero_shot_command_import_nothing_heavy(args, expected, tmp
     status, said, imported = call("evaluate_math", *args, cwd=tmp_path)
     assert (status, imported) == (2, set()) and expected in said
     assert list(tmp_path.iterdir()) == []  # and leave nothing behind
+
+
+SAFE = [["run", "--benchmark", "sst"], ["suite", "--zero-shot", "micro", "--benchmark", "sst"],
+        ["judge", "--benchmark", "sst", "--judge", "micro"], ["wrong", "--benchmark", "sst"]]
+
+
+@pytest.mark.parametrize("args, expected", [
+    (["run", "--benchmark", "mmul"], "mmlu, gsm8k, alpaca_eval, sst"), (["run"], "--benchmark"),
+    (["suite", "--benchmark", "sst"], "no model"), (["suite", "--zero-shot", "micro", "--benchmark", "x"], "mmlu, gsm8k"),
+    (["judge", "--benchmark", "sst"], "--judge"), (["judge", "--benchmark", "gsm8k", "--judge", "m"], "needs no judge"),
+    (["judge", "--benchmark", "sst", "--judge", "m", "--url", "localhost"], "--url is an address"), (["judge", "--benchmark", "sst", "--judge", "nope"], "no model 'nope'"),
+    (["run", "--benchmark", "sst", "--prompt", "r1_zero"], "zero_shot, alpaca"), (["run", "--benchmark", "sst", "--model", "nope"], "no model 'nope'"),
+    (["run", "--benchmark", "sst", "--engine", "vlm"], "not 'vlm'"), (["run", "--benchmark", "sst", "--data", "nope.csv"], "no file or folder"),
+    (["run", "--benchmark", "gsm8k"], "get gsm8k"),
+    *[([*command, *wrong], said) for command in SAFE for wrong, said in [
+        (["--track", "nope"], "micro, pocket, course"), (["--seed", "-1"], "seed = -1"), (["--max-tokens", "0"], "max_tokens = 0"),
+        (["--max-examples", "-1"], "n = -1"), (["--max-examples", "7"], "holds 2"), (["--root", __file__], "cannot write")]]])
+def test_slips_in_the_safety_commands_import_nothing_heavy(args, expected, tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "simple_safety_tests"
+    folder.mkdir(parents=True)
+    (folder / "simple_safety_tests.csv").write_text("id,harm_area,counter,category,prompts_final\ns1,none,1,advice,How?\ns2,none,2,advice,Why?\n")
+    monkeypatch.setenv("CS336_DATA", str(tmp_path / "data"))
+    status, said, imported = call("safety_eval", *args, cwd=tmp_path)
+    assert (status, imported) == (2, set()) and expected in said
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 SFT, EI, GRPO = "sft_math_reasoning", "sft_math_reasoning_ei", "grpo_experiments"
