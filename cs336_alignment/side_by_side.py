@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ENGINE', 'Job', 'write_jobs', 'read_jobs', 'claimed', 'have_policy', 'again', 'stacks', 'run_job',
-           'work_through', 'nothing', 'places', 'with_their_own', 'start_process', 'watch', 'run_side_by_side',
-           'say_failures']
+           'work_through', 'nothing', 'places', 'process_age', 'with_their_own', 'start_process', 'watch',
+           'run_side_by_side', 'say_failures']
 
 # %% ../nbs/E12_side_by_side.ipynb #d0a1886a
 import json
@@ -119,8 +119,7 @@ def run_job(jobs: Sequence[Job], engine, root: Path, compiled: bool, keep: bool,
         if None in summaries:
             raise RuntimeError(f"{policy_name(jobs[summaries.index(None)].config)}: a gradient was not finite")
     elif isinstance(job.config, LeaderboardConfig):
-        age = time.time() - psutil.Process().create_time()  # Python's imports count too
-        summaries = [run_leaderboard(job.config, root, spent=age, **ENGINE)]
+        summaries = [run_leaderboard(job.config, root, spent=process_age(), **ENGINE)]
     elif isinstance(job.config, SFTConfig):
         summaries = [sft(job.config, engine, root, keep=job.config.epochs > 0, progress=False, compiled=compiled,
                          checkpoint_s=60)]
@@ -170,6 +169,11 @@ def places(processes: int | None, jobs: int, each: int = 1) -> list[dict[str, st
     threads = {"OMP_NUM_THREADS": str(max(1, cores // n) if gpus else 1), "TOKENIZERS_PARALLELISM": "false"}
     own = lambda k: ",".join(str((k * each + i) % gpus) for i in range(each))
     return [threads | ({"CUDA_VISIBLE_DEVICES": own(k)} if gpus else {}) for k in range(n)]
+
+
+def process_age() -> float:
+    """Seconds since this process began, Python's imports among them; on a CPU, where they would be half a run, 0."""
+    return time.time() - psutil.Process().create_time() if torch.cuda.is_available() else 0.0
 
 
 def with_their_own(gpus: int) -> int:

@@ -1,5 +1,6 @@
 """Runs against the clock: the budget, what a kill leaves, and what is refused before anything is written."""
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,36 +20,69 @@ def imported():
     load_policy("micro")
 
 
-def test_stages_come_in_order_within_the_budget(tmp_path):
-    config = leaderboard_config("micro", "sft50_grpo", **TINY | {"budget_s": 8.0})
+class Ticking(Clock):
+    """A clock that only steps move, so that a busy machine changes nothing."""
+
+    def now(self):
+        return round(self.spent, 6)
+
+    @contextmanager
+    def paused(self):
+        yield
+
+
+@pytest.fixture
+def ticks(monkeypatch):
+    """How long a step takes, by kind, moved by hand: {"sft": 0.4, "grpo": 0.9}; and what a step begins with."""
+    clocks, seconds, seen = [], {"sft": 0.4, "grpo": 0.9}, []
+    monkeypatch.setattr(leaderboard, "Clock", lambda *args: clocks.append(Ticking(*args)) or clocks[-1])
+
+    def ticking(kind, step_of):
+        def turn(s, *rest):
+            seen.append({"kind": kind, "at": clocks[-1].now(), "problems": len(s.problems), "weights": weights(s)})
+            line = step_of(s, *rest)
+            clocks[-1].spent += seconds[kind](clocks[-1].now()) if callable(seconds[kind]) else seconds[kind]
+            return line
+        return turn
+
+    monkeypatch.setattr(leaderboard, "sft_turn", ticking("sft", leaderboard.sft_turn))
+    monkeypatch.setattr(grpo_runs, "run_step", ticking("grpo", grpo_runs.run_step))
+    return seconds, seen
+
+
+def weights(s):
+    return [p.detach().clone() for p in s.policy.parameters()]
+
+
+def test_stages_come_in_order_and_evaluations_at_their_marks(tmp_path, ticks):
+    config = leaderboard_config("micro", "sft50_grpo", **TINY | {"budget_s": 10.0})
     summary = run_leaderboard(config, tmp_path)
     lines = read_metrics(run_folder(config, tmp_path))
-    trained = [line for line in lines if "train/clock_s" in line]
-    kinds = ["grpo" if "train/s_rollout" in line else "sft" for line in trained]
-    assert kinds == ["sft"] * summary["sft_steps"] + ["grpo"] * summary["grpo_steps"] and min(map(kinds.count, ("sft", "grpo"))) > 0
-    clocks = [line["train/clock_s"] for line in trained]
-    assert clocks == sorted(clocks) and clocks[-1] == summary["clock_s"] <= 8
-    assert all(clock < 4 for clock, kind in zip(clocks, kinds[1:]) if kind == "sft")  # where the next one is finetuning too
+    trained = [("grpo" if "train/s_rollout" in line else "sft", line["train/clock_s"]) for line in lines if "train/clock_s" in line]
+    # finetuning: 12 steps to 4.8 s, as the next would be expected to end at 5.3; then five of 0.9 s to 9.3
+    assert trained == [("sft", round(0.4 * k, 6)) for k in range(1, 13)] + [("grpo", round(4.8 + 0.9 * k, 6)) for k in range(1, 6)]
+    assert (summary["sft_steps"], summary["grpo_steps"], summary["clock_s"]) == (12, 5, 9.3)
     evaluated = [line for line in lines if "eval/answer_accuracy" in line]
-    assert 1 < len(evaluated) < 5 and {line["eval/n"] for line in evaluated} == {8} and evaluated[-1]["step"] == lines[-1]["step"]
-    assert run_leaderboard(config, tmp_path)["clock_s"] == summary["clock_s"]  # finished: read, not run
+    assert [line["eval/clock_s"] for line in evaluated] == [3.6, 7.5, 9.3] and {line["eval/n"] for line in evaluated} == {8}
+    assert run_leaderboard(config, tmp_path)["clock_s"] == 9.3  # finished: read, not run
 
 
-def test_a_step_that_ends_too_late_is_taken_back(tmp_path, monkeypatch):
-    fast, plain, before, evaluated = leaderboard.sft_turn, leaderboard.evaluate_at, [], []
-    weights = lambda s: [p.detach().clone() for p in s.policy.parameters()]
-
-    def slow_at_the_end(s, config, examples, step, gone):
-        before[:] = step, weights(s)
-        line = fast(s, config, examples, step, gone)
-        time.sleep(2.0 if gone > 0.93 else 0.0)
-        return line
-
-    monkeypatch.setattr(leaderboard, "sft_turn", slow_at_the_end)
+def test_a_step_that_ends_too_late_is_taken_back(tmp_path, ticks, monkeypatch):
+    (seconds, seen), plain, evaluated = ticks, leaderboard.evaluate_at, []
+    seconds["sft"] = lambda now: 0.4 if now < 9 else 2.0
     monkeypatch.setattr(leaderboard, "evaluate_at", lambda s, place: (evaluated.append(weights(s)), plain(s, place)))
-    summary = run_leaderboard(leaderboard_config("micro", "sft", **TINY | {"budget_s": 4.0, "evaluations": 1}), tmp_path)
-    assert summary["clock_s"] <= 4 and summary["sft_steps"] == summary["steps"] == before[0] - 1
-    assert all(torch.equal(kept, p) for kept, p in zip(before[1], evaluated[-1]))
+    summary = run_leaderboard(leaderboard_config("micro", "sft", **TINY | {"budget_s": 10.0, "evaluations": 1}), tmp_path)
+    assert (summary["sft_steps"], summary["steps"], summary["clock_s"]) == (23, 23, 9.2) and seen[-1]["at"] == 9.2
+    assert all(torch.equal(before, p) for before, p in zip(seen[-1]["weights"], evaluated[-1], strict=True))
+    seconds["sft"] = lambda now: 0.4 if now < 3 else 20.0  # nobody could expect it so early
+    with pytest.raises(ValueError, match="far later than the ones before it"):
+        run_leaderboard(leaderboard_config("micro", "sft", 1, **TINY | {"budget_s": 10.0}), tmp_path)
+
+
+def test_on_a_real_clock_no_run_takes_more_than_its_budget(tmp_path):
+    config = leaderboard_config("micro", "sft50_grpo", **TINY)
+    clock, summary = time.perf_counter(), run_leaderboard(config, tmp_path)
+    assert 0 < summary["clock_s"] <= 6 and summary["clock_s"] < time.perf_counter() - clock and summary["sft_steps"]
 
 
 def test_a_budget_without_room_for_a_step_is_refused(tmp_path, monkeypatch):
@@ -73,29 +107,26 @@ def test_a_copy_brings_the_weights_back():
         leaderboard.take_back(S, None, Clock(1.0, spent=3.0))
 
 
-def test_the_clock_of_a_killed_run_goes_on(tmp_path, monkeypatch):
-    config, save = leaderboard_config("micro", "filter", **TINY | {"filter.of": 16, "filter.tries": 2}), leaderboard.save_checkpoint
+def test_the_clock_of_a_killed_run_goes_on(tmp_path, ticks, monkeypatch):
+    config = leaderboard_config("micro", "filter", **TINY | {"budget_s": 10.0, "filter.of": 16, "filter.tries": 2})
+    _, seen = ticks
+    save = leaderboard.save_checkpoint
 
     def die_in_grpo(run, step, parts, place):
         save(run, step, parts, place)
         if place["stage"] == 2:
             raise KeyboardInterrupt
 
-    known, turn = [], grpo_runs.run_step
-    monkeypatch.setattr(grpo_runs, "run_step", lambda s, step: (known.append(len(s.problems)), turn(s, step))[1])
     monkeypatch.setattr(leaderboard, "save_checkpoint", die_in_grpo)
     with pytest.raises(KeyboardInterrupt):
         run_leaderboard(config, tmp_path)
-    killed = read_metrics(run_folder(config, tmp_path))
+    killed, before = len(read_metrics(run_folder(config, tmp_path))), len(seen)
     monkeypatch.setattr(leaderboard, "save_checkpoint", save)
-    said = []
-    monkeypatch.setattr(leaderboard, "say", lambda run, what: said.append(what))
-    summary = run_leaderboard(config, tmp_path)
-    lines = [line for line in read_metrics(run_folder(config, tmp_path)) if "train/clock_s" in line]
-    clocks = [line["train/clock_s"] for line in lines]
-    assert clocks == sorted(clocks) and clocks[-1] <= 6 and [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    assert float(said[0].split()[2]) >= killed[-1]["eval/clock_s"] - 0.05 and len(said) == 1  # the clock goes on; nothing is filtered again
-    assert summary["sft_steps"] + summary["grpo_steps"] == len(lines) and set(known) == {known[0]} and known[0] < 16
+    summary = run_leaderboard(config, tmp_path, spent=0.3)  # loading again
+    assert [(s["kind"], s["at"]) for s in seen[before:]] == [("grpo", 7.8), ("grpo", 8.7)]  # on from 7.5, and loading
+    assert len({s["problems"] for s in seen if s["kind"] == "grpo"}) == 1 and seen[-1]["problems"] < 16  # not filtered again
+    assert (summary["sft_steps"], summary["grpo_steps"], summary["clock_s"]) == (12, 5, 9.6)
+    assert len(read_metrics(run_folder(config, tmp_path))) > killed
 
 
 def test_only_problems_solved_sometimes_are_kept(monkeypatch):
@@ -164,7 +195,7 @@ def test_each_run_has_gpus_of_its_own(monkeypatch):
 
 def test_the_clock_of_a_process_begins_with_it(tmp_path, monkeypatch):
     config = leaderboard_config("micro", "sft", **TINY)
-    monkeypatch.setattr(side_by_side.psutil.Process, "create_time", lambda self: time.time() - 3.0)
+    monkeypatch.setattr(side_by_side, "process_age", lambda: 3.0)
     assert side_by_side.run_job([side_by_side.Job(config)], None, tmp_path, False, False, 16_384)
     clocks = [line["train/clock_s"] for line in read_metrics(run_folder(config, tmp_path)) if "train/clock_s" in line]
     assert 3.0 < clocks[0] and clocks[-1] <= 6.0
