@@ -39,7 +39,8 @@ def ticks(monkeypatch):
 
     def ticking(kind, step_of):
         def turn(s, *rest):
-            seen.append({"kind": kind, "at": clocks[-1].now(), "problems": len(s.problems), "weights": weights(s)})
+            seen.append({"kind": kind, "at": clocks[-1].now(), "problems": len(s.problems), "weights": weights(s),
+                         "updates": grpo_runs.steps_taken(s.optimizer)})
             line = step_of(s, *rest)
             clocks[-1].spent += seconds[kind](clocks[-1].now()) if callable(seconds[kind]) else seconds[kind]
             return line
@@ -125,6 +126,7 @@ def test_the_clock_of_a_killed_run_goes_on(tmp_path, ticks, monkeypatch):
     summary = run_leaderboard(config, tmp_path, spent=0.3)  # loading again
     assert [(s["kind"], s["at"]) for s in seen[before:]] == [("grpo", 7.8), ("grpo", 8.7)]  # on from 7.5, and loading
     assert len({s["problems"] for s in seen if s["kind"] == "grpo"}) == 1 and seen[-1]["problems"] < 16  # not filtered again
+    assert seen[before]["updates"] >= seen[before - 1]["updates"] > 0  # the optimizer has not forgotten
     assert (summary["sft_steps"], summary["grpo_steps"], summary["clock_s"]) == (12, 5, 9.6)
     assert len(read_metrics(run_folder(config, tmp_path))) > killed
 
@@ -170,6 +172,8 @@ def test_what_is_confirmed_was_best_on_held_back_problems(tmp_path):
     (["--set", "eval_data=micro"], "--set eval_data: this command"), (["--set", "grpo.overlap=True"], "overlap would sample on"),
     (["--set", "grpo.nope=1"], "unknown setting nope"), (["--seeds", "101"], "are the confirmation's"), (["--set", "stages=1"], "stages"),
     (["--set", "sft.until=0.0"], "until a share of the budget"), (["--track", "nope"], "micro, pocket, course"), (["--set", "nope.x=1"], "nope.x"),
+    (["--set", "data=nope"], "'nope' is no file"), (["--set", "prompt=nope"], "shipped prompts"), (["--set", "model=nope"], "no model 'nope'"),
+    (["--set", "n_eval=4000"], "cannot be held back"), (["--set", "family=grpo"], "--set family: this command"),
 ])
 def test_refusals_come_at_once_and_leave_nothing(args, expected, tmp_path):
     track = [] if "--track" in args else ["--track", "micro"]
