@@ -139,8 +139,8 @@ def stage_settings(config: LeaderboardConfig, number: int) -> SFTConfig | GRPOCo
     return grpo_config(config.track, **common | dict(train_data=config.data, n_grpo_steps=FOREVER,
                                                      eval_every=FOREVER) | own)
 
-# %% ../nbs/18_leaderboard.ipynb #8baa35de
-CLOCKS = {"micro": dict(budget_s=30.0, evaluations=3, n_eval=256),
+# %% ../nbs/18_leaderboard.ipynb #1e741e7a
+CLOCKS = {"micro": dict(budget_s=20.0, evaluations=3, n_eval=256),
           "pocket": dict(budget_s=600.0, evaluations=10, n_eval=1024),
           "course": dict(budget_s=14_400.0, evaluations=16, n_eval=1024)}
 WHOLE_TEST = {"micro": 512, "pocket": 1200, "course": 5000}  # problems
@@ -303,7 +303,7 @@ def run_leaderboard(config: LeaderboardConfig, root: Path | str | None = None, f
         with clock.paused():
             return end_run(s, place)
 
-# %% ../nbs/18_leaderboard.ipynb #fd818a00
+# %% ../nbs/18_leaderboard.ipynb #4226773f
 def keep_some(s, config: LeaderboardConfig, number: int, place: dict) -> None:
     """Leaves the problems for GRPO that the policy solves sometimes; all of them if there are none such."""
     settings = stage_settings(config, number)
@@ -317,8 +317,7 @@ def end_run(s, place: dict) -> dict:
     """The last evaluation, unless the last mark was it, and the summary."""
     if s.run.step < s.run.logged:
         evaluate_at(s, place)
-    return finish_run(s.run, clock_s=place["clock_s"], sft_steps=place["sft"], grpo_steps=place["grpo"],
-                      engine=type(s.engine).__name__)
+    return finish_run(s.run, sft_steps=place["sft"], grpo_steps=place["grpo"], engine=type(s.engine).__name__)
 
 # %% ../nbs/18_leaderboard.ipynb #fc646a11
 FRESH = 100  # the confirmation's first seed; those of the search are below

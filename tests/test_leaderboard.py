@@ -9,7 +9,7 @@ from test_commands import call
 from cs336_alignment import grpo_runs, leaderboard, side_by_side
 from cs336_alignment.leaderboard import Clock, leaderboard_config, leaderboard_runs, run_leaderboard, to_confirm
 from cs336_alignment.models import load_policy
-from cs336_alignment.runs import read_metrics, read_summary, run_folder
+from cs336_alignment.runs import publish, read_metrics, read_summary, run_folder, run_table
 
 TINY = {"budget_s": 6.0, "n_eval": 8, "evaluations": 3, "grpo.rollout_batch_size": 16, "grpo.train_batch_size": 16, "pool": 64}
 
@@ -62,10 +62,12 @@ def test_stages_come_in_order_and_evaluations_at_their_marks(tmp_path, ticks):
     trained = [("grpo" if "train/s_rollout" in line else "sft", line["train/clock_s"]) for line in lines if "train/clock_s" in line]
     # finetuning: 12 steps to 4.8 s, as the next would be expected to end at 5.3; then five of 0.9 s to 9.3
     assert trained == [("sft", round(0.4 * k, 6)) for k in range(1, 13)] + [("grpo", round(4.8 + 0.9 * k, 6)) for k in range(1, 6)]
-    assert (summary["sft_steps"], summary["grpo_steps"], summary["clock_s"]) == (12, 5, 9.3)
+    assert (summary["sft_steps"], summary["grpo_steps"], summary["final"]["clock_s"]) == (12, 5, 9.3)
     evaluated = [line for line in lines if "eval/answer_accuracy" in line]
     assert [line["eval/clock_s"] for line in evaluated] == [3.6, 7.5, 9.3] and {line["eval/n"] for line in evaluated} == {8}
-    assert run_leaderboard(config, tmp_path)["clock_s"] == 9.3  # finished: read, not run
+    assert run_leaderboard(config, tmp_path)["final"]["clock_s"] == 9.3  # finished: read, not run
+    row, = run_table(publish("leaderboard_search_micro", tmp_path / "leaderboard_search_micro", tmp_path / "out" / "published")).to_dict("records")
+    assert (row["clock_s"], row["sft_steps"], row["config"]["stages"]) == (9.3, 12, config.stages)
 
 
 def test_a_step_that_ends_too_late_is_taken_back(tmp_path, ticks, monkeypatch):
@@ -73,7 +75,7 @@ def test_a_step_that_ends_too_late_is_taken_back(tmp_path, ticks, monkeypatch):
     seconds["sft"] = lambda now: 0.4 if now < 9 else 2.0
     monkeypatch.setattr(leaderboard, "evaluate_at", lambda s, place: (evaluated.append(weights(s)), plain(s, place)))
     summary = run_leaderboard(leaderboard_config("micro", "sft", **TINY | {"budget_s": 10.0, "evaluations": 1}), tmp_path)
-    assert (summary["sft_steps"], summary["steps"], summary["clock_s"]) == (23, 23, 9.2) and seen[-1]["at"] == 9.2
+    assert (summary["sft_steps"], summary["steps"], summary["final"]["clock_s"]) == (23, 23, 9.2) and seen[-1]["at"] == 9.2
     assert all(torch.equal(before, p) for before, p in zip(seen[-1]["weights"], evaluated[-1], strict=True))
     seconds["sft"] = lambda now: 0.4 if now < 3 else 20.0  # nobody could expect it so early
     with pytest.raises(ValueError, match="far later than the ones before it"):
@@ -83,7 +85,7 @@ def test_a_step_that_ends_too_late_is_taken_back(tmp_path, ticks, monkeypatch):
 def test_on_a_real_clock_no_run_takes_more_than_its_budget(tmp_path):
     config = leaderboard_config("micro", "sft50_grpo", **TINY)
     clock, summary = time.perf_counter(), run_leaderboard(config, tmp_path)
-    assert 0 < summary["clock_s"] <= 6 and summary["clock_s"] < time.perf_counter() - clock and summary["sft_steps"]
+    assert 0 < summary["final"]["clock_s"] <= 6 and summary["final"]["clock_s"] < time.perf_counter() - clock and summary["sft_steps"]
 
 
 def test_a_budget_without_room_for_a_step_is_refused(tmp_path, monkeypatch):
@@ -127,7 +129,7 @@ def test_the_clock_of_a_killed_run_goes_on(tmp_path, ticks, monkeypatch):
     assert [(s["kind"], s["at"]) for s in seen[before:]] == [("grpo", 7.8), ("grpo", 8.7)]  # on from 7.5, and loading
     assert len({s["problems"] for s in seen if s["kind"] == "grpo"}) == 1 and seen[-1]["problems"] < 16  # not filtered again
     assert seen[before]["updates"] >= seen[before - 1]["updates"] > 0  # the optimizer has not forgotten
-    assert (summary["sft_steps"], summary["grpo_steps"], summary["clock_s"]) == (12, 5, 9.6)
+    assert (summary["sft_steps"], summary["grpo_steps"], summary["final"]["clock_s"]) == (12, 5, 9.6)
     assert len(read_metrics(run_folder(config, tmp_path))) > killed
 
 
