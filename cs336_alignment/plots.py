@@ -258,9 +258,9 @@ def plot_curves(runs: pd.DataFrame, metric: str, x: str = "step", ax=None, label
                 title: str | None = None, ends: bool = True):
     """Draw `metric` against `x`: mean over seeds and ± 1.96·σ/√n, one line a variant; returns the axes.
 
-    runs: from `load_runs`. x: "step", "samples", "wall_s" or, against a clock, "eval/clock_s". title: the message. ends: label the curves.
-    labels: other names for variants, also which, and their order; more than four are hard to tell apart: see
-    `plot_dots`. Shares are in %.
+    runs: from `load_runs`. x: "step", "samples", "wall_s", or "eval/clock_s" (18). title: the message. ends: label
+    the curves. labels: other names for variants, also which, and their order; more than four are hard to tell apart:
+    see `plot_dots`. Shares are in %.
     """
     ax = ax or plt.subplots(figsize=(6, 3.6))[1]
     variants, scale = list(labels or sorted(runs.variant.unique())), 100 if is_share(metric) else 1

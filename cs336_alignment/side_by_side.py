@@ -211,9 +211,9 @@ def watch(processes: list[subprocess.Popen], jobs: Sequence[Job], root: Path, pr
 def run_side_by_side(jobs: Sequence[Job], root: Path | str | None = None, processes: int | None = None,
                      keep: bool = False, share: float = 0.05, progress: bool | None = None,
                      gpus_each: int = 1) -> list[dict | None]:
-    """Runs jobs, of one track, in processes over all GPUs or cores; their summaries, None for what is not finished.
+    """Runs jobs, of one track, in processes with a core or GPUs each; their summaries, None for what is not finished.
 
-    processes: default 4 a GPU or one a core, with `gpus_each` GPUs. keep: save GRPO's policies. share: of a GPU's memory, for each engine.
+    processes: default 4 a GPU or one a core. keep: save GRPO's policies. share: of a GPU's memory, for each engine.
     Raises RuntimeError, with the end of its log, if a process ended with an error; the other runs are finished first.
     """
     root = Path(root or repo_root() / "results" / "runs")
