@@ -65,7 +65,7 @@ def steps_until(clock: Clock, end: float, first: int = 1) -> Iterator[int]:
         recent.append(clock.now() - begin)
         step += 1
 
-# %% ../nbs/18_leaderboard.ipynb #1f6b2183
+# %% ../nbs/18_leaderboard.ipynb #776fd27b
 Stage = dict[str, Any]
 
 
@@ -87,7 +87,7 @@ def recipes(track: str) -> dict[str, list[Stage]]:
 FILTERED = {"micro": 256, "pocket": 4096, "course": 4096}  # problems that are tried
 SEARCHED = {"micro": ("sft", "grpo", "sft50_grpo", "sft80_grpo")}  # of a track that has no time for all
 CONTROL = "sft"  # what an entry has to beat, within the same clock
-GRPO_SIZES = {"micro": dict(rollout_batch_size=128, train_batch_size=128, learning_rate=2e-4),
+GRPO_SIZES = {"micro": dict(rollout_batch_size=64, train_batch_size=64, learning_rate=2e-4),
               "pocket": dict(rollout_batch_size=256, train_batch_size=256, learning_rate=1e-5,
                              gradient_accumulation_steps=8),
               "course": dict(rollout_batch_size=256, train_batch_size=256, learning_rate=1e-5,
@@ -251,7 +251,7 @@ def evaluate_at(s, place: dict) -> None:
     s.engine.load_weights(s.policy)
     log_metrics(s.run, s.run.logged, grpo_runs.evaluate_run(s, s.run.logged) | {"eval/clock_s": place["clock_s"]})
 
-# %% ../nbs/18_leaderboard.ipynb #16a41597
+# %% ../nbs/18_leaderboard.ipynb #6b14c757
 def other_gpus() -> dict:
     """Options that give the engine all GPUs but the first, which trains, if there are several."""
     n = torch.cuda.device_count()
@@ -269,7 +269,8 @@ def begin_run(config: LeaderboardConfig, run, clock: Clock, stack: ExitStack, **
         engine = stack.enter_context(grpo_runs.use_engine(plain, policy, tokenizer, None,
                                                           **other_gpus() | engine_options))
     problems, held = problem_sets(config.data, config.eval_data, config.n_eval, config.pool)
-    s = grpo_runs.State(plain, run, policy, tokenizer, packing.make_optimizer(policy, 0.0), engine, None, problems, held)
+    optimizer = packing.make_optimizer(policy, 0.0)  # the first stage makes its own, a checkpoint fills this one
+    s = grpo_runs.State(plain, run, policy, tokenizer, optimizer, engine, None, problems, held)
     place = restore_checkpoint(run, s.parts) or {"stage": 0, "step": 0, "clock_s": 0.0, "sft": 0, "grpo": 0}
     if place.get("chosen"):
         s.problems = [problems[i] for i in place["chosen"]]
@@ -362,13 +363,14 @@ def leaderboard_runs(track: str, confirm: bool = False, seeds: int | None = None
     return [leaderboard_config(track, name, seed, confirm, **changes or {})
             for seed in range(first, first + n) for name in names]
 
-# %% ../nbs/18_leaderboard.ipynb #b66f405e
+# %% ../nbs/18_leaderboard.ipynb #cb9968b5
 def check_leaderboard(runs: Sequence[LeaderboardConfig], root: Path | None, look: bool = True) -> None:
     """Raises ValueError or OSError for runs that could not begin. look: also at data, prompt and model."""
     for config in runs:
         check_folder(config, root)
     for config in {(c.model, c.data, c.eval_data, c.prompt): c for c in runs}.values() if look else ():
-        sets, template = problem_sets(config.data, config.eval_data, config.n_eval, config.pool), load_prompt(config.prompt)
+        sets = problem_sets(config.data, config.eval_data, config.n_eval, config.pool)
+        template = load_prompt(config.prompt)
         models.model_dir(config.model)
         inference.check_room(config.model, [fill_prompt(template, p.question) for part in sets for p in part])
 
