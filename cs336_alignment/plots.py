@@ -176,7 +176,8 @@ def band(runs: pd.DataFrame, metric: str, x: str = "step", points: int = 60) -> 
     return pd.DataFrame([interval(row) for row in table.to_numpy()], table.index.rename(x), ["mean", "half", "n"])
 
 # %% ../nbs/E5_plots.ipynb #8d90c326
-X_LABELS = {"step": "training step", "samples": "samples seen", "wall_s": "wall-clock time, s"}
+X_LABELS = {"step": "training step", "samples": "samples seen", "wall_s": "wall-clock time, s",
+            "eval/clock_s": "time on the clock, s"}
 WORDS = {"answer_accuracy": "accuracy", "format_rate": "well-formed responses", "truncated": "responses cut off",
          "reward_mean": "mean reward", "token_entropy": "entropy, nats a token", "grad_norm": "gradient norm",
          "mean_tokens": "response length, tokens", "share_trained": "responses with an advantage",
@@ -257,9 +258,9 @@ def plot_curves(runs: pd.DataFrame, metric: str, x: str = "step", ax=None, label
                 title: str | None = None, ends: bool = True):
     """Draw `metric` against `x`: mean over seeds and ± 1.96·σ/√n, one line a variant; returns the axes.
 
-    runs: from `load_runs`. x: "step", "samples" or "wall_s". title: the message. ends: label the curves.
-    labels: other names for variants, also which, and their order; more than four are hard to tell apart: see
-    `plot_dots`. Shares are in %.
+    runs: from `load_runs`. x: "step", "samples", "wall_s", or "eval/clock_s" (18). title: the message. ends: label
+    the curves. labels: other names for variants, also which, and their order; more than four are hard to tell apart:
+    see `plot_dots`. Shares are in %.
     """
     ax = ax or plt.subplots(figsize=(6, 3.6))[1]
     variants, scale = list(labels or sorted(runs.variant.unique())), 100 if is_share(metric) else 1

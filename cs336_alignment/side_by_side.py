@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ENGINE', 'Job', 'write_jobs', 'read_jobs', 'claimed', 'have_policy', 'again', 'stacks', 'run_job',
-           'work_through', 'nothing', 'places', 'start_process', 'watch', 'run_side_by_side', 'say_failures']
+           'work_through', 'nothing', 'places', 'process_age', 'with_their_own', 'start_process', 'watch',
+           'run_side_by_side', 'say_failures']
 
 # %% ../nbs/E12_side_by_side.ipynb #d0a1886a
 import json
@@ -18,12 +19,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .grpo_runs import run_grpo
 from .grpo_settings import GRPOConfig
+from .leaderboard import LeaderboardConfig, run_leaderboard
 from .models import cache_dir, trained_policies
 from .runs import (Config, make_config, policy_name, read_summary, repo_root, run_folder,
                                   seen_by_someone, write_text)
@@ -43,7 +46,7 @@ class Job:
         return run_folder(self.config, root)
 
 
-KINDS = {"grpo": GRPOConfig, "sft": SFTConfig}
+KINDS = {"grpo": GRPOConfig, "sft": SFTConfig, "leaderboard": LeaderboardConfig}
 
 # %% ../nbs/E12_side_by_side.ipynb #bd05d746
 def write_jobs(path: Path, jobs: Sequence[Job]) -> None:
@@ -115,6 +118,8 @@ def run_job(jobs: Sequence[Job], engine, root: Path, compiled: bool, keep: bool,
         summaries = run_stacked([job.config for job in jobs], root, keep=keep)
         if None in summaries:
             raise RuntimeError(f"{policy_name(jobs[summaries.index(None)].config)}: a gradient was not finite")
+    elif isinstance(job.config, LeaderboardConfig):
+        summaries = [run_leaderboard(job.config, root, spent=process_age(), **ENGINE)]
     elif isinstance(job.config, SFTConfig):
         summaries = [sft(job.config, engine, root, keep=job.config.epochs > 0, progress=False, compiled=compiled,
                          checkpoint_s=60)]
@@ -138,10 +143,12 @@ def work_through(file: Path, number: int, root: Path, keep: bool, share: float, 
     todo = stacks(jobs, gpu)
     todo = todo[number % len(todo):] + todo[:number % len(todo)]
     model = (jobs[0].start or jobs[0].config).model
-    stacked_only = all(len(group) > 1 for group in todo)
+    stacked_only, clocked = all(len(group) > 1 for group in todo), isinstance(jobs[0].config, LeaderboardConfig)
+    if clocked:
+        todo = todo[:1]  # a run against the clock has a process and an engine of its own
     if stacked_only:  # growing caches of keys and values would take all of it
         torch.cuda.set_per_process_memory_fraction(share)
-    with nothing() if stacked_only else shared_engine(model, 1, share, **ENGINE) as engine:
+    with nothing() if stacked_only or clocked else shared_engine(model, 1, share, **ENGINE) as engine:
         for group in todo:
             with claimed(group, root) as mine:
                 if mine and not run_job(mine, engine, root, gpu, keep, pass_tokens):
@@ -151,16 +158,30 @@ def work_through(file: Path, number: int, root: Path, keep: bool, share: float, 
 # %% ../nbs/E12_side_by_side.ipynb #ddba34e1
 @contextmanager
 def nothing():
-    """For stacked runs, which need no engine."""
+    """For stacked runs, which need no engine, and those against a clock, which start their own."""
     yield None
 
 # %% ../nbs/E12_side_by_side.ipynb #f05d03b8
-def places(processes: int | None, jobs: int) -> list[dict[str, str]]:
-    """The environment of each process: its GPU, or one thread of a CPU."""
+def places(processes: int | None, jobs: int, each: int = 1) -> list[dict[str, str]]:
+    """The environment of each process: its GPU (or `each` GPUs), or one thread of a CPU."""
     gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
     n = min(processes or (4 * gpus or cores), jobs)
     threads = {"OMP_NUM_THREADS": str(max(1, cores // n) if gpus else 1), "TOKENIZERS_PARALLELISM": "false"}
-    return [threads | ({"CUDA_VISIBLE_DEVICES": str(k % gpus)} if gpus else {}) for k in range(n)]
+    own = lambda k: ",".join(str((k * each + i) % gpus) for i in range(each))
+    return [threads | ({"CUDA_VISIBLE_DEVICES": own(k)} if gpus else {}) for k in range(n)]
+
+
+def process_age() -> float:
+    """Seconds since this process began, Python's imports among them; on a CPU, where they would be half a run, 0."""
+    return time.time() - psutil.Process().create_time() if torch.cuda.is_available() else 0.0
+
+
+def with_their_own(gpus: int) -> int:
+    """How many processes can have `gpus` GPUs each to themselves, or on a CPU a core."""
+    there = torch.cuda.device_count()
+    if 0 < there < gpus:
+        raise ValueError(f"{gpus} GPUs a run, but this process sees {there}")
+    return there // gpus or len(os.sched_getaffinity(0))
 
 
 def start_process(command: list[str], log: Path, place: dict[str, str]) -> subprocess.Popen:
@@ -188,8 +209,9 @@ def watch(processes: list[subprocess.Popen], jobs: Sequence[Job], root: Path, pr
 
 # %% ../nbs/E12_side_by_side.ipynb #ccde0bf0
 def run_side_by_side(jobs: Sequence[Job], root: Path | str | None = None, processes: int | None = None,
-                     keep: bool = False, share: float = 0.05, progress: bool | None = None) -> list[dict | None]:
-    """Runs jobs, of one track, in processes over all GPUs or cores; their summaries, None for what is not finished.
+                     keep: bool = False, share: float = 0.05, progress: bool | None = None,
+                     gpus_each: int = 1) -> list[dict | None]:
+    """Runs jobs, of one track, in processes with a core or GPUs each; their summaries, None for what is not finished.
 
     processes: default 4 a GPU or one a core. keep: save GRPO's policies. share: of a GPU's memory, for each engine.
     Raises RuntimeError, with the end of its log, if a process ended with an error; the other runs are finished first.
@@ -203,7 +225,7 @@ def run_side_by_side(jobs: Sequence[Job], root: Path | str | None = None, proces
             failed.unlink()
         file = logs / f"{todo[0].config.family}_{todo[0].config.track}_{os.getpid()}.jobs"
         write_jobs(file, todo)
-        homes = places(processes, len(todo))
+        homes = places(processes, len(todo), gpus_each)
         pass_tokens = 65_536 * max(1, torch.cuda.device_count()) // max(4, len(homes))  # a GPU's memory is shared
         options = map(str, (root, int(keep), share, pass_tokens))
         command = [sys.executable, "-m", "cs336_alignment.side_by_side", str(file), *options]
