@@ -6,7 +6,8 @@
 __all__ = ['HINTS', 'EXERCISES', 'CHECK', 'ANSWER', 'README', 'FOLDER', 'app', 'Name', 'definition', 'without_body',
            'statement_names', 'cell_names', 'sources', 'is_exported', 'needed', 'checks_of', 'notebooks', 'known',
            'solution', 'students_cells', 'counted', 'run_checks', 'explain', 'line_of', 'check', 'new_cell', 'task',
-           'for_students', 'write_edition', 'WriteByDefault', 'main', 'write_command', 'check_command']
+           'written_question', 'for_students', 'write_edition', 'WriteByDefault', 'main', 'write_command',
+           'check_command']
 
 # %% ../nbs/E13_exercises.ipynb #26623732
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -25,7 +26,6 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -112,21 +112,22 @@ def statement_names(node: ast.stmt) -> tuple[set[str], set[str]]:
             used.add(part.target.id)
     return bound, used
 
-# %% ../nbs/E13_exercises.ipynb #6f41d459
-def cell_names(source: str) -> tuple[set[str], set[str]]:
+# %% ../nbs/E13_exercises.ipynb #ba96457b
+@functools.cache
+def cell_names(source: str) -> tuple[frozenset[str], frozenset[str]]:
     """(bound, used) global names of a cell; what it binds before it uses it does not count as used."""
     bound, used, sure = set(), set(), set()
     try:
         statements = ast.parse(source).body
     except SyntaxError:  # a magic, or a student's slip
-        return set(), set()
+        return frozenset(), frozenset()
     for node in statements:
         names, needs = statement_names(node)
         used |= needs - sure
         bound |= names
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
             sure |= names
-    return bound, used
+    return frozenset(bound), frozenset(used)
 
 # %% ../nbs/E13_exercises.ipynb #b97d0431
 def sources(path: Path) -> list[str]:
@@ -233,8 +234,7 @@ def run_checks(name: str, cells: list[str], mine: list[str]) -> int:
     """Runs the checks of `name` in the notebook `cells`, its function taken from `mine`. Returns how many there are.
 
     Whatever the checks raise comes through; AssertionError also if none of them called the function."""
-    module, calls = ModuleType("cs336_alignment.exercise"), []
-    space = vars(module) | {"__package__": "cs336_alignment"}
+    space, calls = {"__name__": "cs336_alignment.exercise", "__package__": "cs336_alignment"}, []
 
     def run(source: str, where: str) -> None:
         exec(compile(source, where, "exec", dont_inherit=True), space)
@@ -317,16 +317,28 @@ def task(name: str) -> dict:
 
         </details>"""), f"task {name}")
 
-
+# %% ../nbs/E13_exercises.ipynb #63a788a6
 ANSWER = "*Your answers:*"  # below questions to think about
 
-# %% ../nbs/E13_exercises.ipynb #58c3b3fa
+
+def written_question(source: str, tags: list[str]) -> str:
+    """A Markdown cell whose tag `answer:NAME` says that it answers a written problem: room first, the answer folded.
+
+    A heading above the answer stays where it is, and so does what begins with the next one."""
+    for name in (tag.removeprefix("answer:") for tag in tags if tag.startswith("answer:")):
+        begin, text, rest = re.fullmatch(r"(#[^\n]*\n)?(.*?)(^## .*)?", source, re.S | re.M).groups("")
+        source = (f"{begin}\n**`{name}`, in writing.** *Your answer:*\n\n<details><summary>One answer</summary>\n\n"
+                  f"{text.strip()}\n\n</details>\n\n{rest}").strip()
+    return source
+
+# %% ../nbs/E13_exercises.ipynb #dbff062a
 def for_students(cells: list[dict], names: list[str]) -> Iterator[dict]:
     """The cells of a course notebook with functions `names` left to write, hints above them, and room for answers."""
     tainted = set(names)  # what a removed function has touched
     for i, c in enumerate(cells):
         source = "".join(c["source"])
         if c["cell_type"] == "markdown":
+            source = written_question(source, c["metadata"].get("tags", []))
             yield c | {"source": re.sub(r"\[([^]\n]*)\]\(\.\./[^)\s]*\)", r"\1", source)}
             if source.startswith("## Three questions"):
                 yield new_cell("markdown", ANSWER, f"answer {i}")
@@ -341,22 +353,24 @@ def for_students(cells: list[dict], names: list[str]) -> Iterator[dict]:
             c = c | {"outputs": [out for out in c["outputs"] if "image/png" in out.get("data", {})]}
         yield c | {"source": source}
 
-# %% ../nbs/E13_exercises.ipynb #0c1701bf
+# %% ../nbs/E13_exercises.ipynb #9078c0c3
 README = """\
 # CS336, assignment 5: exercises
 
 `00_course_map.ipynb` says what is here. Cells with `# YOUR CODE HERE` are yours; below stand their checks.
 
-    uv run jupyter lab {folder}                                       read and write
-    uv run python -m cs336_alignment.exercises check {folder}         what passes, what fails
-    uv run python -m cs336_alignment.exercises check {folder} {name}  the same for one function
-    uv run python -m cs336_alignment.exercises --solution {name}      shows one
+Read and write; what passes and what fails, of all functions or of one; and one solved:
+
+    uv run jupyter lab {folder}
+    uv run python -m cs336_alignment.exercises check {folder}
+    uv run python -m cs336_alignment.exercises check {folder} {name}
+    uv run python -m cs336_alignment.exercises --solution {name}
 
 Run them in the repository's folder. Begin anywhere: what a notebook imports is the package, which has all functions.
 What counts is the cell that defines the function, with helpers and imports of your own that it uses.
 """
 
-# %% ../nbs/E13_exercises.ipynb #e9e061d5
+# %% ../nbs/E13_exercises.ipynb #a4be520b
 def write_edition(folder: Path) -> dict[str, list[str]]:
     """Writes the exercise edition into a new or empty folder; returns notebook -> the exercises in it.
 
@@ -376,7 +390,7 @@ def write_edition(folder: Path) -> dict[str, list[str]]:
     (folder / "README.md").write_text(README.format(folder=folder, name=next(iter(EXERCISES))), "utf-8")
     return written
 
-# %% ../nbs/E13_exercises.ipynb #dcb41d25
+# %% ../nbs/E13_exercises.ipynb #46c10ee4
 class WriteByDefault(typer.core.TyperGroup):
     """A word that is no command is the folder to write to."""
 
@@ -390,7 +404,7 @@ FOLDER = typer.Argument(metavar="DIR", help="the folder of an exercise edition; 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, cls=WriteByDefault)
 Name = Annotated[str | None, typer.Argument(help="one exercise (default: all)")]
 
-# %% ../nbs/E13_exercises.ipynb #9acb0e8e
+# %% ../nbs/E13_exercises.ipynb #6f0c64d3
 @app.callback(invoke_without_command=True, no_args_is_help=True)
 def main(solution_of: Annotated[str | None, typer.Option("--solution", help="show this function, solved")] = None):
     """The course line as exercises: `exercises DIR` writes it, `exercises check DIR [NAME]` says what passes."""
@@ -408,7 +422,7 @@ def write_command(folder: Annotated[Path, FOLDER]):
     for notebook, names in written.items():
         print(f"  {notebook:20} {', '.join(names)}")
 
-# %% ../nbs/E13_exercises.ipynb #adc359ed
+# %% ../nbs/E13_exercises.ipynb #bf909cb1
 @app.command("check")
 def check_command(folder: Annotated[Path, FOLDER], name: Name = None):
     """Say which functions in DIR pass their checks; the exit status is 1 if one does not."""
@@ -421,8 +435,8 @@ def check_command(folder: Annotated[Path, FOLDER], name: Name = None):
             print(f"  {name:35}", textwrap.indent(wrong, " " * 38).strip() or "passes", flush=True)
             passed += not wrong
     print(f"{passed} of {len(names)} pass" + ("" if passed == len(names) else "; one solved: --solution NAME"))
-    raise typer.Exit(passed < len(names))
+    raise typer.Exit(int(passed < len(names)))
 
-# %% ../nbs/E13_exercises.ipynb #38e6988e
+# %% ../nbs/E13_exercises.ipynb #07f41898
 if __name__ == "__main__" and "__file__" in globals():
     app()
