@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HINTS', 'EXERCISES', 'CHECK', 'ANSWER', 'README', 'FOLDER', 'app', 'Name', 'definition', 'without_body',
-           'statement_names', 'cell_names', 'sources', 'is_exported', 'needed', 'checks_of', 'notebooks', 'known',
-           'solution', 'students_cells', 'counted', 'run_checks', 'explain', 'line_of', 'check', 'new_cell', 'task',
-           'written_question', 'for_students', 'write_edition', 'WriteByDefault', 'main', 'write_command',
-           'check_command']
+           'ComprehensionsApart', 'statement_names', 'cell_names', 'sources', 'is_exported', 'needed', 'checks_of',
+           'notebooks', 'known', 'solution', 'students_cells', 'counted', 'run_checks', 'explain', 'line_of', 'check',
+           'new_cell', 'task', 'written_question', 'for_students', 'write_edition', 'WriteByDefault', 'main',
+           'write_command', 'check_command']
 
 # %% ../nbs/E13_exercises.ipynb #26623732
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -91,9 +91,19 @@ def without_body(source: str, name: str) -> str:
         lines[begin:f.end_lineno] = stub
     return "\n".join(lines)
 
-# %% ../nbs/E13_exercises.ipynb #254e4b26
+# %% ../nbs/E13_exercises.ipynb #4a7e710d
+class ComprehensionsApart(ast.NodeTransformer):
+    """`[x for x in y]` as `lambda: [x for x in y]`: since Python 3.12 `x` would be a name of the cell."""
+
+    def visit_ListComp(self, node):
+        return ast.Lambda(ast.arguments([], [], None, [], [], None, []), self.generic_visit(node))
+
+    visit_SetComp = visit_DictComp = visit_ListComp
+
+# %% ../nbs/E13_exercises.ipynb #3c652fe5
 def statement_names(node: ast.stmt) -> tuple[set[str], set[str]]:
     """(bound, used) global names of a statement; `a[0] = 1` and `a.b = 1` use `a` and bind it anew."""
+    node = ComprehensionsApart().visit(node)
     bound, used, tables = set(), set(), [symtable.symtable(ast.unparse(node), "cell", "exec")]
     for symbol in tables[0].get_symbols():
         if symbol.is_assigned() or symbol.is_imported():
@@ -112,7 +122,7 @@ def statement_names(node: ast.stmt) -> tuple[set[str], set[str]]:
             used.add(part.target.id)
     return bound, used
 
-# %% ../nbs/E13_exercises.ipynb #ba96457b
+# %% ../nbs/E13_exercises.ipynb #a4880249
 @functools.cache
 def cell_names(source: str) -> tuple[frozenset[str], frozenset[str]]:
     """(bound, used) global names of a cell; what it binds before it uses it does not count as used."""
@@ -129,7 +139,7 @@ def cell_names(source: str) -> tuple[frozenset[str], frozenset[str]]:
             sure |= names
     return frozenset(bound), frozenset(used)
 
-# %% ../nbs/E13_exercises.ipynb #b97d0431
+# %% ../nbs/E13_exercises.ipynb #7a40fc09
 def sources(path: Path) -> list[str]:
     """The code cells of a notebook; of a Markdown cell with headings the first one, as a comment. Else "" ."""
     def text(cell):
@@ -155,7 +165,7 @@ def needed(cells: list[str], index: int) -> list[int]:
                 todo.append(last)
     return sorted(found)
 
-# %% ../nbs/E13_exercises.ipynb #0ac81a54
+# %% ../nbs/E13_exercises.ipynb #71c1d0fc
 CHECK = re.compile(r"\bassert\b|\b(test_(eq|close|fail|ne)|close)\(")
 
 
@@ -174,7 +184,7 @@ def checks_of(cells: list[str], name: str) -> list[int]:
             return found
     raise ValueError(f"no cell checks {name}")
 
-# %% ../nbs/E13_exercises.ipynb #c56babdf
+# %% ../nbs/E13_exercises.ipynb #6dec74b6
 def notebooks() -> Path:
     """The folder of this repository's notebooks. Raises OSError if the package was installed without them."""
     folder = Path(cs336_alignment.__file__).resolve().parent.parent / "nbs"
@@ -196,7 +206,7 @@ def solution(name: str) -> str:
     source = next(source for source in cells if definition(source, name))
     return ast.get_source_segment(source, definition(source, name))
 
-# %% ../nbs/E13_exercises.ipynb #05a44431
+# %% ../nbs/E13_exercises.ipynb #066e6a5c
 def students_cells(cells: list[str], name: str, given: set[str]) -> list[str]:
     """The student's cell that defines `name`, after those that bind what is new in it. given: names that are not new.
 
@@ -214,7 +224,7 @@ def students_cells(cells: list[str], name: str, given: set[str]) -> list[str]:
             todo += [k for k in range(len(cells)) if new in cell_names(cells[k])[0] and k not in [*found, *todo]][-1:]
     return [cells[i] for i in found]
 
-# %% ../nbs/E13_exercises.ipynb #cb8f4830
+# %% ../nbs/E13_exercises.ipynb #13f86e99
 def counted(made: Callable | type, calls: list[int]) -> Callable | type:
     """The function with every call noted in `calls`; of a class, every instance."""
     f = made.__init__ if isinstance(made, type) else made
@@ -229,7 +239,7 @@ def counted(made: Callable | type, calls: list[int]) -> Callable | type:
     made.__init__ = call
     return made
 
-# %% ../nbs/E13_exercises.ipynb #c04e6ea2
+# %% ../nbs/E13_exercises.ipynb #4cb096df
 def run_checks(name: str, cells: list[str], mine: list[str]) -> int:
     """Runs the checks of `name` in the notebook `cells`, its function taken from `mine`. Returns how many there are.
 
@@ -254,7 +264,7 @@ def run_checks(name: str, cells: list[str], mine: list[str]) -> int:
         raise AssertionError("no check called your function")
     return len(checks)
 
-# %% ../nbs/E13_exercises.ipynb #40606123
+# %% ../nbs/E13_exercises.ipynb #e319cdca
 def explain(error: BaseException, cells: list[str], mine: list[str]) -> str:
     """What went wrong, in a line or two: the failing line of the check or of the student's cell, and the error."""
     if isinstance(error, NotImplementedError):
@@ -280,7 +290,7 @@ def line_of(frame: traceback.FrameSummary, cells: list[str], mine: list[str]) ->
     lines = source.splitlines()
     return lines[frame.lineno - 1].strip() if frame.lineno <= len(lines) else "…"
 
-# %% ../nbs/E13_exercises.ipynb #6c696a4f
+# %% ../nbs/E13_exercises.ipynb #7a8f7e11
 def check(folder: Path, name: str) -> str:
     """"" if the function `name` in the edition in `folder` passes its checks, else what is wrong, in plain words."""
     notebook = EXERCISES[known(name)][0]
@@ -297,7 +307,7 @@ def check(folder: Path, name: str) -> str:
         return explain(error, cells, mine)
     return ""
 
-# %% ../nbs/E13_exercises.ipynb #dffc28fb
+# %% ../nbs/E13_exercises.ipynb #0ae284d4
 def new_cell(kind: str, source: str, about: str) -> dict:
     """A new cell; its id depends on what it is about alone."""
     made = {"cell_type": kind, "id": hashlib.sha256(about.encode()).hexdigest()[:8], "metadata": {}}
@@ -317,7 +327,7 @@ def task(name: str) -> dict:
 
         </details>"""), f"task {name}")
 
-# %% ../nbs/E13_exercises.ipynb #63a788a6
+# %% ../nbs/E13_exercises.ipynb #f93d1157
 ANSWER = "*Your answers:*"  # below questions to think about
 
 
@@ -331,7 +341,7 @@ def written_question(source: str, tags: list[str]) -> str:
                   f"{text.strip()}\n\n</details>\n\n{rest}").strip()
     return source
 
-# %% ../nbs/E13_exercises.ipynb #dbff062a
+# %% ../nbs/E13_exercises.ipynb #d0c04e8e
 def for_students(cells: list[dict], names: list[str]) -> Iterator[dict]:
     """The cells of a course notebook with functions `names` left to write, hints above them, and room for answers."""
     tainted = set(names)  # what a removed function has touched
@@ -353,7 +363,7 @@ def for_students(cells: list[dict], names: list[str]) -> Iterator[dict]:
             c = c | {"outputs": [out for out in c["outputs"] if "image/png" in out.get("data", {})]}
         yield c | {"source": source}
 
-# %% ../nbs/E13_exercises.ipynb #9078c0c3
+# %% ../nbs/E13_exercises.ipynb #e560ea3d
 README = """\
 # CS336, assignment 5: exercises
 
@@ -370,7 +380,7 @@ Run them in the repository's folder. Begin anywhere: what a notebook imports is 
 What counts is the cell that defines the function, with helpers and imports of your own that it uses.
 """
 
-# %% ../nbs/E13_exercises.ipynb #a4be520b
+# %% ../nbs/E13_exercises.ipynb #a097be04
 def write_edition(folder: Path) -> dict[str, list[str]]:
     """Writes the exercise edition into a new or empty folder; returns notebook -> the exercises in it.
 
@@ -390,7 +400,7 @@ def write_edition(folder: Path) -> dict[str, list[str]]:
     (folder / "README.md").write_text(README.format(folder=folder, name=next(iter(EXERCISES))), "utf-8")
     return written
 
-# %% ../nbs/E13_exercises.ipynb #46c10ee4
+# %% ../nbs/E13_exercises.ipynb #0f818444
 class WriteByDefault(typer.core.TyperGroup):
     """A word that is no command is the folder to write to."""
 
@@ -404,7 +414,7 @@ FOLDER = typer.Argument(metavar="DIR", help="the folder of an exercise edition; 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, cls=WriteByDefault)
 Name = Annotated[str | None, typer.Argument(help="one exercise (default: all)")]
 
-# %% ../nbs/E13_exercises.ipynb #6f0c64d3
+# %% ../nbs/E13_exercises.ipynb #c0fab463
 @app.callback(invoke_without_command=True, no_args_is_help=True)
 def main(solution_of: Annotated[str | None, typer.Option("--solution", help="show this function, solved")] = None):
     """The course line as exercises: `exercises DIR` writes it, `exercises check DIR [NAME]` says what passes."""
@@ -422,7 +432,7 @@ def write_command(folder: Annotated[Path, FOLDER]):
     for notebook, names in written.items():
         print(f"  {notebook:20} {', '.join(names)}")
 
-# %% ../nbs/E13_exercises.ipynb #bf909cb1
+# %% ../nbs/E13_exercises.ipynb #2afd87c5
 @app.command("check")
 def check_command(folder: Annotated[Path, FOLDER], name: Name = None):
     """Say which functions in DIR pass their checks; the exit status is 1 if one does not."""
@@ -437,6 +447,6 @@ def check_command(folder: Annotated[Path, FOLDER], name: Name = None):
     print(f"{passed} of {len(names)} pass" + ("" if passed == len(names) else "; one solved: --solution NAME"))
     raise typer.Exit(int(passed < len(names)))
 
-# %% ../nbs/E13_exercises.ipynb #07f41898
+# %% ../nbs/E13_exercises.ipynb #31ce079b
 if __name__ == "__main__" and "__file__" in globals():
     app()
