@@ -31,7 +31,7 @@ from typing import Annotated
 import typer
 
 import cs336_alignment
-from .cli import stop, told
+from .cli import told
 
 # %% ../nbs/E13_exercises.ipynb #da8801c3
 HINTS = {  # notebook: {function or class: hint}
