@@ -6,8 +6,8 @@
 __all__ = ['models', 'packing', 'torch', 'F', 'HH_FILES', 'DPO_PRESETS', 'app', 'PreferenceData', 'Preference', 'conversation',
            'hh_pair', 'hh_files', 'load_hh', 'preference_ids', 'sequence_log_prob', 'compute_per_instance_dpo_loss',
            'micro_preferences', 'preference_examples', 'pair_log_probs', 'accumulate_dpo', 'preference_metrics',
-           'DPOConfig', 'dpo_config', 'preference_data', 'keep_weights', 'dpo_update', 'evaluate_dpo', 'dpo_steps',
-           'have_start', 'fitting', 'dpo', 'dpo_command_config', 'check_dpo', 'said', 'main']
+           'DPOConfig', 'dpo_config', 'preference_data', 'dpo_split', 'keep_weights', 'dpo_update', 'evaluate_dpo',
+           'dpo_steps', 'have_start', 'fitting', 'dpo', 'dpo_command_config', 'check_dpo', 'said', 'main']
 
 # %% ../nbs/22_dpo.ipynb #c07f467b
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -240,7 +240,7 @@ def dpo_config(track: str = "pocket", seed: int = 0, **changes) -> DPOConfig:
         handout["model"] = policy_name(tuning_config(track, seed))
     return make_config(DPOConfig, **handout | DPO_PRESETS[track] | changes)
 
-# %% ../nbs/22_dpo.ipynb #cdbfca66
+# %% ../nbs/22_dpo.ipynb #a4a6fcd0
 def preference_data(config: DPOConfig) -> tuple[list[Preference], list[Preference], dict[str, Counter]]:
     """Pairs to train on, pairs held back, and what was read from each file. Raises DataMissing or DataError."""
     if config.data == "micro":
@@ -258,6 +258,12 @@ def preference_data(config: DPOConfig) -> tuple[list[Preference], list[Preferenc
         raise DataError(f"{config.data} has {len(train):,} pairs to train on beside {config.n_val:,} held back; asked "
                         f"for: {n or 1:,}")
     return random.Random(config.seed).sample(train, n) if config.n_train else train, held_back, counts
+
+
+def dpo_split(track: str) -> str:
+    """"train", or "test" where a track needs HH and the data folders have only its test files."""
+    has = lambda split: any(hh_files(folder / "hh", split) for folder in data_folders())
+    return "test" if DPO_PRESETS[track].get("data") != "micro" and has("test") and not has("train") else "train"
 
 # %% ../nbs/22_dpo.ipynb #d45af1a3
 def keep_weights(run, model) -> None:
