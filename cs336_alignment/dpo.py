@@ -220,9 +220,9 @@ class DPOConfig(Config):
     max_steps: Positive | None  # for a trial
     eval_every: Positive  # updates; also before the first and after the last
 
-# %% ../nbs/22_dpo.ipynb #263e1d89
+# %% ../nbs/22_dpo.ipynb #c1344e5e
 DPO_PRESETS = {
-    "micro": dict(data="micro", batch_size=16, pass_tokens=4096, learning_rate=1e-4, eval_every=10),
+    "micro": dict(data="micro", batch_size=16, pass_tokens=4096, eval_every=16),
     "pocket": dict(eval_every=10),
     "course": dict(eval_every=50)}
 
