@@ -303,7 +303,7 @@ def check_arguments(stages: list[str], seeds: str, track: str) -> list[int]:
         raise ValueError(f"--seeds are numbers with commas between, each once, such as 0,1,2,3, not {seeds!r}")
     return numbers
 
-
+# %% ../nbs/E6_queue.ipynb #ca9af940
 def check_track(track: str, stages: list[str]) -> None:
     """Raises ValueError or OSError if the track's model or problems are not there, or the data of these stages."""
     preset = models.TRACKS[track]
