@@ -212,7 +212,7 @@ def evaluate_tuning(run, step: int, model, rows: list, n: int, max_tokens: int) 
     log_metrics(run, step, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700)), "eval/n": n,
                             "eval/seconds": time.perf_counter() - begin})
 
-# %% ../nbs/21_instruction_tuning.ipynb #81498ff4
+# %% ../nbs/21_instruction_tuning.ipynb #1b1a2e5c
 def tuning_steps(run, config: TuningConfig, model, data, held_back: list, progress, checkpoint_s: float) -> None:
     """The loop: `epochs` over the rows of `data`, an evaluation and a checkpoint every `eval_every` updates."""
     total, budget = tuning_updates(config, len(data)), config.micro_batch_size * config.seq_length
@@ -229,8 +229,9 @@ def tuning_steps(run, config: TuningConfig, model, data, held_back: list, progre
         metrics = packing.train_step(model, optimizer, packing.sft_examples(rows), packing.sft_loss, budget,
                                      config.max_grad_norm)
         scheduler.step()
-        more = {"learning_rate": lr, "tokens_per_s": metrics["tokens"] / (time.perf_counter() - begin)}
-        log_metrics(run, step, {f"train/{k}": v for k, v in (metrics | more).items() if k != "empty_responses"})
+        metrics |= {"learning_rate": lr, "tokens_per_s": metrics["tokens"] / (time.perf_counter() - begin),
+                    "token_entropy": metrics.pop("entropy")}
+        log_metrics(run, step, {f"train/{name}": value for name, value in metrics.items()})
         if step % config.eval_every == 0 or step == total:
             evaluate(step)
             save_checkpoint(run, step, parts, after_s=checkpoint_s if step < total else 0)

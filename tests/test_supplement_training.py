@@ -2,14 +2,18 @@
 import gzip
 import json
 import math
+import os
 import random
 import shutil
+import signal
+import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from adapters import get_packed_sft_dataset, run_compute_per_instance_dpo_loss, run_iterate_batches
-from kills import kill_ten_times, without_clock
+from kills import ended_by, in_child, without_clock
 from test_commands import call
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -17,6 +21,7 @@ from cs336_alignment.dpo import (Preference, accumulate_dpo, dpo, dpo_config, dp
                                  preference_examples)
 from cs336_alignment.instruction_tuning import instruct, tuning_config
 from cs336_alignment.models import character_tokenizer, micro_model, model_dir
+from cs336_alignment.runs import find_checkpoint
 
 HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n"
 BETWEEN = "\n\n### Response:\n"  # the template, written out once more: a changed one is seen
@@ -124,8 +129,30 @@ def left(folder):
     return lines, summary, sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("work, config", [(instruct, TUNE), (dpo, PREFER)], ids=["instruct", "dpo"])
-def test_kills_change_nothing(work, config, tmp_path, monkeypatch):
+def killed_after(work, function: str, calls: int) -> None:
+    """Runs `work(…)` in a child that kills itself when a function of its module has returned for the `calls`-th time."""
+    module, left_to_do = sys.modules[work.func.__module__], [calls]
+    original = getattr(module, function)
+
+    def deadly(*args, **more):
+        result = original(*args, **more)
+        left_to_do[0] -= 1
+        if not left_to_do[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(module, function, deadly)  # the child inherits it
+    try:
+        assert ended_by(in_child(work)) == signal.SIGKILL
+    finally:
+        setattr(module, function, original)
+
+
+@pytest.mark.parametrize("work, config, places", [
+    (instruct, TUNE, [("log_metrics", 2), ("save_checkpoint", 1), ("log_metrics", 2), ("save_checkpoint", 1)]),
+    (dpo, PREFER, [("log_metrics", 1), ("save_checkpoint", 1), ("keep_weights", 1), ("save_checkpoint", 2), ("log_metrics", 2)])],
+    ids=["instruct", "dpo"])
+def test_kills_change_nothing(work, config, places, tmp_path, monkeypatch):
     cache = tmp_path / "cache"  # policies are saved there
     shutil.copytree(model_dir("micro"), tmp_path / "micro")
     monkeypatch.setenv("CS336_CACHE", str(cache))
@@ -134,7 +161,13 @@ def test_kills_change_nothing(work, config, tmp_path, monkeypatch):
     name = f"{config.family}_micro/default_seed0"
     weights = (cache / "policies" / name / "model.safetensors").read_bytes()
     shutil.rmtree(cache)
-    kill_ten_times(lambda: work(config, None, tmp_path / "cut", progress=False), tmp_path / "cut" / name, 1.5)
+    cut, steps = partial(work, config, None, tmp_path / "cut", progress=False), []
+    for place in places:
+        killed_after(cut, *place)
+        checkpoint = find_checkpoint(tmp_path / "cut" / name)
+        steps.append(int(checkpoint.name[5:]) if checkpoint else 0)
+    assert steps == sorted(steps) and 0 < steps[-1] < 6, steps  # of 6 updates
+    cut()
     assert left(tmp_path / "cut" / name) == left(tmp_path / "whole" / name)
     assert (cache / "policies" / name / "model.safetensors").read_bytes() == weights
 
