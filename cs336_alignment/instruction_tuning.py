@@ -8,12 +8,12 @@ __all__ = ['inference', 'models', 'packed_dataset', 'packing', 'torch', 'transfo
            'micro_instructions', 'read_instructions', 'data_file', 'safety_gsm8k', 'TuningConfig', 'tuning_config',
            'instruction_data', 'write_pairs', 'row_examples', 'epoch_rows', 'tuning_updates', 'tuning_optimizer',
            'tuning_schedule', 'evaluate_tuning', 'tuning_steps', 'tuning_rows', 'check_tuning_data', 'instruct', 'ask',
-           'micro_scores', 'tuning_command_config', 'check_tuning', 'show_plan', 'main']
+           'share_text', 'micro_scores', 'tuning_command_config', 'check_tuning', 'show_plan', 'main']
 
 # %% ../nbs/21_instruction_tuning.ipynb #33d89d50
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
-# %% ../nbs/21_instruction_tuning.ipynb #924b32f2
+# %% ../nbs/21_instruction_tuning.ipynb #c3311c9f
 import json
 import math
 import random
@@ -28,6 +28,7 @@ import typer
 from .cli import Changes, Force, Root, Seed, TrackName, later, parse_changes, told
 from .data import (DataError, DataMissing, alpaca_text, data_folders, fill_prompt, load_problems,
                                   micro_problems, read_pairs, read_records)
+from .evaluate_math import wilson
 from .runs import (Config, NonNegative, Positive, Rate, Share, batch_indices, check_folder, finish_run,
                                   log_metrics, make_config, open_run, policy_name, read_summary, restore_checkpoint,
                                   run_folder, save_checkpoint, seed_everything, training_steps, variant_name,
@@ -280,7 +281,7 @@ def instruct(config: TuningConfig, engine=None, root: Path | str | None = None, 
             models.save_policy(model, tokenizer, policy_name(asdict(config)))
         return finish_run(run, n_rows=len(data), n_tokens=len(data) * config.seq_length)
 
-# %% ../nbs/21_instruction_tuning.ipynb #0d30c60d
+# %% ../nbs/21_instruction_tuning.ipynb #3b9dfd58
 def ask(model, tokenizer, instructions: list[str], max_tokens: int = 60) -> list[str]:
     """The greedy response to each instruction in Alpaca's template."""
     engine = inference.TransformersEngine(model, tokenizer)
@@ -288,16 +289,21 @@ def ask(model, tokenizer, instructions: list[str], max_tokens: int = 60) -> list
     return [group[0].text for group in engine.generate([alpaca_text(i) for i in instructions], sampling)]
 
 
+def share_text(k: float, n: int) -> str:
+    """k of n as a share with Wilson's 95% interval."""
+    low, high = wilson(round(k), n)
+    return f"{k / n:.1%} [{low:.1%}, {high:.1%}] of {n}"
+
+
 def micro_scores(pairs: list[tuple[str, str]], responses: list[str]) -> dict[str, str]:
-    """Of responses to `micro_instructions`, the shares of sums with the right result and of safes declined, with 95%
-    intervals (binomial)."""
+    """Of responses to `micro_instructions`, the shares of sums with the right result and of safes declined, with
+    Wilson's 95% intervals."""
     marks, result = {"sums right": [], "safes declined": []}, lambda text: text.partition(" so it is ")[2]
     for (_, answer), response in zip(pairs, responses, strict=True):
         kind, right = (("safes declined", response == REFUSAL) if answer == REFUSAL else
                        ("sums right", result(response) == result(answer)))
         marks[kind].append(right)
-    shares = {kind: (sum(m) / len(m), len(m)) for kind, m in marks.items() if m}
-    return {kind: f"{p:.0%} ± {1.96 * math.sqrt(p * (1 - p) / n):.0%} of {n}" for kind, (p, n) in shares.items()}
+    return {kind: share_text(sum(m), len(m)) for kind, m in marks.items() if m}
 
 # %% ../nbs/21_instruction_tuning.ipynb #906e73ce
 def tuning_command_config(track: str, changes: dict) -> TuningConfig:
