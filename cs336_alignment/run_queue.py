@@ -221,7 +221,9 @@ def instruct_stage(w: Worker) -> None:
 
 def dpo_stage(w: Worker) -> None:
     """DPO from the instruction-tuned model, on HH's train files or, if only those are here, its test files."""
-    w.run(dpo, [dpo_config(w.track, w.seed, split=dpo_split(w.track))], keep=True)
+    split = dpo_split(w.track)
+    variant = "default" if split == "train" else "test_files"
+    w.run(dpo, [dpo_config(w.track, w.seed, split=split, variant=variant)], keep=True)
 
 # %% ../nbs/E6_queue.ipynb #98cee155
 STAGES = {
