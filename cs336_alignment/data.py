@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['MICRO_SPLITS', 'HOW_TO_GET', 'Problem', 'DataError', 'DataMissing', 'repo_root', 'read_jsonl', 'read_records',
            'join_thousands', 'gsm8k_problem', 'read_gsm8k', 'last_boxed', 'math_problem', 'read_math', 'trace_record',
-           'read_traces', 'prompt_path', 'load_prompt', 'fill_prompt', 'teacher_response', 'micro_problems',
-           'read_problems', 'data_folders', 'data_path', 'load_problems', 'problem_sets']
+           'read_traces', 'read_pairs', 'prompt_path', 'load_prompt', 'fill_prompt', 'alpaca_text', 'teacher_response',
+           'micro_problems', 'read_problems', 'data_folders', 'data_path', 'load_problems', 'problem_sets']
 
 # %% ../nbs/01_data.ipynb #c226fca1
+import gzip
 import hashlib
 import json
 import os
 import random
 import re
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +51,15 @@ def repo_root() -> Path:
 
 # %% ../nbs/01_data.ipynb #a8925ed1
 def _read_text(path: str | Path) -> str:
-    "The file's text; a file that is missing or is not UTF-8 raises an error that says so."
+    "The file's text, of a gzip file that in it; a file that is missing, cut short or not UTF-8 raises an error."
     try:
         data = Path(path).read_bytes()
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         return data.decode("utf-8-sig")
     except FileNotFoundError:
         raise DataMissing(f"{path}: no such file") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise DataError(f"{path}: not a whole gzip file ({e}); fetch it again") from None
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 text (byte {e.start}); is it compressed or parquet?") from None
@@ -256,6 +261,19 @@ def read_traces(path: str | Path) -> list[dict]:
     """The traces of a file, JSON lines or an array; see `trace_record`."""
     return [trace_record(record, where) for where, record in read_records(path)]
 
+# %% ../nbs/01_data.ipynb #84f4b93e
+def read_pairs(path: str | Path) -> list[tuple[str, str]]:
+    """The (prompt, response) of every `{"prompt", "response"}` of a file: JSON lines or an array, gzip or not.
+
+    Raises DataMissing, or DataError naming file:line, also for an empty prompt or response."""
+    pairs = []
+    for where, record in read_records(path):
+        pair = tuple(_field(record, (name,), where) for name in ("prompt", "response"))
+        if not all(text.strip() for text in pair):
+            raise DataError(f"{where}: an empty prompt or response teaches nothing; leave the line out")
+        pairs.append(pair)
+    return pairs
+
 # %% ../nbs/01_data.ipynb #2726719c
 def _trace_problem(record: dict, where: str = "record") -> Problem:
     "Problem from a `reasoning_trace` record; the solution is what comes before `</think>`."
@@ -288,6 +306,13 @@ def load_prompt(name_or_path: str | Path) -> str:
 def fill_prompt(template: str, question: str) -> str:
     """The template with `{question}` replaced. Never `str.format`: questions and templates hold other braces."""
     return template.replace("{question}", question)
+
+# %% ../nbs/01_data.ipynb #99b04783
+def alpaca_text(instruction: str, response: str = "") -> str:
+    """An instruction and its response in Alpaca's template (`prompts/alpaca_sft.prompt`); without a response, the
+    prompt that asks for one. Both arrive unchanged, braces too."""
+    head, middle, tail = re.split(r"\{(?:instruction|response)\}", _read_text(prompt_path("alpaca_sft")))
+    return head + instruction + middle + response + tail
 
 # %% ../nbs/01_data.ipynb #ea56be7e
 def teacher_response(problem: Problem, prompt: str = "r1_zero") -> str:

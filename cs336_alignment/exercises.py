@@ -45,6 +45,13 @@ HINTS = {  # notebook: {function or class: hint}
         "get_response_log_probs": "`gather` picks each label's logit; `logsumexp` is what to subtract.",
         "masked_normalize": "A NaN times 0 is NaN: fill what is masked, do not multiply.",
         "sft_microbatch_train_step": "Sum over tokens, mean over rows, one part of k. Who calls `backward()`?"},
+    "20_safety_eval": {
+        "parse_mmlu_response": "Say which spellings decide on a letter; two different verdicts are none.",
+        "parse_gsm8k_response": "The last number, commas out, its minus sign kept; None if there is none."},
+    "21a_packed_dataset": {
+        "PackedSFTDataset": "One long row of tokens; item i starts at i · seq_length.",
+        "iterate_batches": "torch has a loader for this."},
+    "22_dpo": {"compute_per_instance_dpo_loss": "Four sequence log-probs; none through the reference; `logsigmoid`."},
     "07_log_generations": {
         "generation_metrics": "No right response is no error: `mean_or_nan` gives NaN for an empty list.",
         "log_generations": "`generations`, `make_generation_records`, then `log_rollouts` for the first few."},

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['inference', 'models', 'runs', 'side_by_side', 'torch', 'judging', 'vllm_engine', 'PROMPTS', 'MMLU_QUERY',
            'BENCHMARKS', 'MMLU_GROUPS', 'GROUP_OF', 'app', 'Bench', 'Benches', 'PromptName', 'DataPlace', 'MaxExamples',
-           'MostTokens', 'DryRun', 'RunSeed', 'Url', 'JudgeName', 'csv_rows', 'read_mmlu', 'read_alpaca_eval',
-           'read_sst', 'read_gsm8k_examples', 'fill', 'instruction_template', 'cut_answer', 'mmlu_query', 'undressed',
-           'stands', 'verdicts', 'decision', 'lone_letter', 'option_text', 'parse_mmlu_response',
-           'parse_gsm8k_response', 'equals_gold', 'Benchmark', 'benchmark_of', 'benchmark_path', 'load_examples',
-           'make_plan', 'scored', 'evaluate', 'greedy', 'benchmark_metrics', 'print_benchmark', 'safety_config',
-           'config_examples', 'evaluator_text', 'thin', 'safety_run', 'draw_wrong', 'shorten', 'print_wrong', 'EvalJob',
-           'by_model', 'sizes_for', 'asked_jobs', 'run_jobs', 'run_jobs_apart', 'check_call', 'say_plan', 'check_jobs',
+           'MostTokens', 'RunSeed', 'Url', 'JudgeName', 'csv_rows', 'read_mmlu', 'read_alpaca_eval', 'read_sst',
+           'read_gsm8k_examples', 'fill', 'instruction_template', 'cut_answer', 'mmlu_query', 'undressed', 'stands',
+           'verdicts', 'decision', 'lone_letter', 'option_text', 'parse_mmlu_response', 'parse_gsm8k_response',
+           'equals_gold', 'Benchmark', 'benchmark_of', 'benchmark_path', 'load_examples', 'make_plan', 'scored',
+           'evaluate', 'greedy', 'benchmark_metrics', 'print_benchmark', 'safety_config', 'config_examples',
+           'evaluator_text', 'thin', 'safety_run', 'draw_wrong', 'shorten', 'print_wrong', 'EvalJob', 'by_model',
+           'sizes_for', 'asked_jobs', 'run_jobs', 'run_jobs_apart', 'check_call', 'say_plan', 'check_jobs',
            'run_command', 'suite_command', 'jobs_command', 'finished_records', 'wrong_command', 'judge_of',
            'check_judge', 'judge_command']
 
@@ -31,7 +31,7 @@ from typing import Annotated
 import typer
 from tqdm.auto import tqdm
 
-from .cli import Force, Root, TrackName, later, told
+from .cli import DryRun, Force, Root, TrackName, later, told
 from .data import (DataError, DataMissing, _field, _read_text, data_folders, prompt_path, read_gsm8k,
                                   read_jsonl, read_records)
 from .evaluate_math import (Kind, Model, check_numbers, finished_lines, is_finished, keep_lines,
@@ -592,7 +592,6 @@ MaxExamples = Annotated[int | None, typer.Option(help="examples, drawn with --se
                                                       "GPU, 32 without)")]
 MostTokens = Annotated[int | None, typer.Option(help="longest response in tokens (default: the benchmark's, at "
                                                      "most 256 without a GPU)")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, say what would be run, and stop")]
 RunSeed = Annotated[int, typer.Option(help="which examples are drawn")]
 
 # %% ../nbs/20_safety_eval.ipynb #3bbd1e51
