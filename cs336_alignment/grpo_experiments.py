@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['inference', 'leaderboard', 'models', 'side_by_side', 'vllm_engine', 'app', 'Option', 'Count', 'Settings', 'GRID',
            'NO_CLIP', 'EXPERIMENTS', 'FULL', 'SEEDS', 'GRPO_RATES', 'STARTS', 'START', 'GSM8K', 'OWN', 'ABOUT',
-           'grpo_command_config', 'check_problems', 'check_experiment', 'main', 'run_command', 'off_policy', 'variants',
-           'grpo_start_config', 'experiment_config', 'experiment_runs', 'show_runs', 'run_grpo_experiment',
-           'run_experiment', 'report', 'crossed_configs', 'add_command', 'race', 'leaderboard_command']
+           'grpo_command_config', 'check_problems', 'check_experiment', 'main', 'run_command', 'learning_curve',
+           'off_policy', 'variants', 'grpo_start_config', 'experiment_config', 'experiment_runs', 'show_runs',
+           'run_grpo_experiment', 'run_experiment', 'report', 'crossed_configs', 'add_command', 'race',
+           'leaderboard_command']
 
 # %% ../nbs/13_grpo_experiments.ipynb #a4f9d6f6
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -24,7 +25,8 @@ from .cli import (Changes, GpuShare, Replicas, Root, Seed, TrackName, later, onl
                                  parse_changes, stop, told)
 from .data import fill_prompt, load_prompt, problem_sets
 from .grpo_settings import NAMED, PRESETS, GRPOConfig, grpo_config
-from .runs import check_folder, name_part, policy_name, publish, read_summary, run_folder, variant_name
+from .runs import (check_folder, name_part, policy_name, publish, read_metrics, read_summary, run_folder,
+                                  variant_name)
 from .sft_math_reasoning import SFTConfig, sft_config
 
 inference, leaderboard, models, side_by_side, vllm_engine = (later(f"cs336_alignment.{name}") for name in (
@@ -100,6 +102,15 @@ def run_command(config: GRPOConfig, root: Path | None, force: bool, **options) -
         stop(error)
     if summary:
         print({name: value for name, value in summary["final"].items()})
+        print(learning_curve(config, root))
+
+
+def learning_curve(config: GRPOConfig, root: Path | None = None) -> str:
+    """The accuracies of a finished run, from before training to its end, in a line."""
+    evals = [line for line in read_metrics(run_folder(asdict(config), root)) if "eval/answer_accuracy" in line]
+    shown = evals[:-1:max(1, len(evals) // 6)] + evals[-1:]
+    curve = ", ".join(f"{line['eval/answer_accuracy']:.1%} (step {line['step']})" for line in shown)
+    return f"right answers to {config.n_eval:,} problems of {config.eval_data}, T = {config.temperature:g}: {curve}"
 
 # %% ../nbs/13_grpo_experiments.ipynb #a401c7e7
 Settings = dict[str, Any]

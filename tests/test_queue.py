@@ -1,4 +1,5 @@
 """The queue of runs (E6): what its processes share, remember, wait for and survive; without any training."""
+import signal
 import subprocess
 import sys
 import threading
@@ -198,7 +199,8 @@ def test_ctrl_c_lets_the_processes_finish_their_step_and_the_same_call_goes_on(t
             "from cs336_alignment.side_by_side import run_side_by_side\n"
             "print([s and s['steps'] for s in run_side_by_side([job(n_grpo_steps=400)], Path(sys.argv[1]), 1, progress=False)])")
     root = Path(__file__).resolve().parent.parent
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # behind nohup and & it is ignored
     metrics = job().folder(tmp_path) / "metrics.jsonl"
     until = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < until:
