@@ -230,3 +230,14 @@ def test_processes_are_spread_over_gpus_or_cores(monkeypatch, gpus, processes, j
     found = side_by_side.places(processes, jobs)
     assert len(found) == expected
     assert [p.get("CUDA_VISIBLE_DEVICES") for p in found] == [str(k % gpus) if gpus else None for k in range(expected)]
+
+
+def test_a_large_model_has_a_gpu_to_itself(monkeypatch):
+    from cs336_alignment import grpo_experiments as grpo
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(side_by_side, "run_side_by_side",
+                        lambda jobs, root, processes, keep=False, share=None: seen.append((processes, share)) or [None])
+    for track, asked in [("pocket", ()), ("course", ()), ("course", (2, 0.5))]:
+        grpo.run_experiment("baselines", grpo.experiment_runs("baselines", track, 1), None, *asked)
+    assert seen == [(8, 0.05), (2, 0.35), (2, 0.5)]
