@@ -7,13 +7,14 @@ __all__ = ['inference', 'models', 'packed_dataset', 'packing', 'torch', 'transfo
            'COURSE_FILES', 'TUNING_PRESETS', 'app', 'TrialSteps', 'Start', 'Variant', 'Compiled', 'micro_instructions',
            'read_instructions', 'data_file', 'safety_gsm8k', 'TuningConfig', 'tuning_config', 'instruction_data',
            'write_pairs', 'row_examples', 'epoch_rows', 'tuning_updates', 'tuning_optimizer', 'tuning_schedule',
-           'evaluate_tuning', 'tuning_steps', 'tuning_rows', 'check_tuning_data', 'instruct', 'ask', 'share_text',
-           'micro_scores', 'tuning_command_config', 'check_tuning', 'show_plan', 'main']
+           'evaluate_tuning', 'tuning_steps', 'as_it_is_asked', 'tuning_rows', 'check_tuning_data', 'instruct', 'ask',
+           'share_text', 'micro_scores', 'tuning_command_config', 'check_tuning', 'show_plan', 'main']
 
 # %% ../nbs/21_instruction_tuning.ipynb #33d89d50
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
 
 # %% ../nbs/21_instruction_tuning.ipynb #c3311c9f
+import copy
 import json
 import math
 import random
@@ -238,11 +239,21 @@ def tuning_steps(run, config: TuningConfig, model, data, held_back: list, progre
             save_checkpoint(run, step, parts, after_s=checkpoint_s if step < total else 0)
 
 # %% ../nbs/21_instruction_tuning.ipynb #1f2e0c01
+def as_it_is_asked(tokenizer):
+    """The tokenizer for packing: with its BOS only if it writes one before a text itself, as prompts will begin so."""
+    if tokenizer.bos_token_id is None or tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = None
+    return tokenizer
+
+
 def tuning_rows(config: TuningConfig, folder: Path, tokenizer):
     """The packed rows to train on and, as examples, those to validate on; the run's two files go to `folder`.
 
     Raises DataError if either is shorter than a row."""
     train, held_back = instruction_data(config)
+    tokenizer = as_it_is_asked(tokenizer)
     data, validation = (packed_dataset.PackedSFTDataset(tokenizer, write_pairs(folder / f"{name}.jsonl", pairs),
                                                         config.seq_length, shuffle=name == "train")
                         for name, pairs in (("train", train), ("validation", held_back)))

@@ -53,11 +53,11 @@ class PackedSFTDataset(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         start = range(len(self))[i] * self.seq_length  # IndexError beyond the last item
         chunk = self.tokens[start:start + self.seq_length + 1]
-        return {"input_ids": chunk[:-1], "labels": chunk[1:]}
+        return {"input_ids": chunk[:-1].clone(), "labels": chunk[1:].clone()}  # who masks one changes no other
 
 # %% ../nbs/21a_packed_dataset.ipynb #29e7d4da
 def iterate_batches(dataset: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
     """One epoch of batches, `input_ids` and `labels` (batch_size, seq_length); the last may be smaller (supplement).
 
     shuffle: items in random order, by torch's generator."""
-    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle)
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle and len(dataset) > 0)
