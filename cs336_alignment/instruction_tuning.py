@@ -326,7 +326,9 @@ def tuning_command_config(track: str, changes: dict) -> TuningConfig:
 def check_tuning(config: TuningConfig, root: Path | None = None) -> int:
     """How many documents a run trains on. Raises ValueError or OSError if it could not begin; makes nothing."""
     check_folder(config, root)
-    models.model_dir(config.model)
+    about = json.loads((models.model_dir(config.model) / "config.json").read_text(encoding="utf-8"))
+    if (context := about.get("max_position_embeddings") or math.inf) < config.seq_length:
+        raise ValueError(f"seq_length = {config.seq_length:,} is longer than {config.model}'s context, {context:,}")
     return check_tuning_data(config)
 
 
