@@ -334,8 +334,8 @@ def leaderboard_command(
         gpus: Annotated[int | None, Count("of each run (default: 1, course 2)")] = None,
         dry_run: Annotated[bool, Option("only print the runs")] = False):
     with told():
-        changes = parse_changes(settings, "track", "seed", "variant", "family", "eval_data", "model", "recipe", "confirm",
-                                budget_s=budget, model=model)
+        changes = parse_changes(settings, "track", "seed", "variant", "family", "eval_data", "model", "recipe",
+                                "confirm", budget_s=budget, model=model)
         runs = leaderboard.leaderboard_runs(track, confirm, seeds, only, changes, root)
         leaderboard.check_leaderboard(runs, root, look=not dry_run)
     if dry_run:

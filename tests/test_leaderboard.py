@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_commands import call
 
-from cs336_alignment import grpo_runs, leaderboard, side_by_side
+from cs336_alignment import grpo_experiments, grpo_runs, leaderboard, side_by_side
 from cs336_alignment.leaderboard import Clock, leaderboard_config, leaderboard_runs, run_leaderboard, to_confirm
 from cs336_alignment.models import load_policy
 from cs336_alignment.runs import publish, read_metrics, read_summary, run_folder, run_table
@@ -246,6 +246,17 @@ def test_refusals_come_at_once_and_leave_nothing(args, expected, tmp_path):
     status, said, imported = call("grpo_experiments", "leaderboard", *args, *track, "--root", str(tmp_path / "runs"), cwd=tmp_path)
     assert status == 2 and expected in said and not imported, said
     assert said.startswith("error: ") and list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_refuses_is_told_without_its_traceback(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("a run failed. x.log ends in\nTraceback (most recent call last):\n  File x\n" + last)
+    monkeypatch.setattr(side_by_side, "run_side_by_side", fails)
+    runs = leaderboard_runs("micro", only=["sft"])
+    for last, shown in [("ValueError: a budget of 2 s is too small", False), ("KeyError: 3", True)]:  # the second is our mistake
+        with pytest.raises(RuntimeError, match=last) as told:
+            grpo_experiments.race(runs, None, 1)
+        assert ("Traceback" in str(told.value)) is shown
 
 
 def test_dry_run_shows_the_courses_rules(tmp_path):
