@@ -403,7 +403,8 @@ def to_confirm(track: str, changes: dict, root: Path | None = None) -> list[str]
     pair = [next(r for r in found if only_finetunes(table[r]) is control) for control in (True, False)]
     if others := sorted(confirmed(track, changes, root) - set(pair)):
         raise ValueError(f"the search chooses {' and '.join(pair)}, but the confirmation has runs of "
-                         f"{', '.join(others)}: one choice a family, or the test set would choose. Another one needs a folder apart (--root)")
+                         f"{', '.join(others)}: one choice a family, or the test set would choose. "
+                         "Another one needs a folder apart (--root)")
     return pair
 
 
