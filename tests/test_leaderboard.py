@@ -1,12 +1,13 @@
 """Runs against the clock: the budget, what a kill leaves, and what is refused before anything is written."""
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from test_commands import call
 
-from cs336_alignment import grpo_runs, leaderboard, side_by_side
+from cs336_alignment import grpo_experiments, grpo_runs, leaderboard, side_by_side
 from cs336_alignment.leaderboard import Clock, leaderboard_config, leaderboard_runs, run_leaderboard, to_confirm
 from cs336_alignment.models import load_policy
 from cs336_alignment.runs import publish, read_metrics, read_summary, run_folder, run_table
@@ -66,7 +67,7 @@ def test_stages_come_in_order_and_evaluations_at_their_marks(tmp_path, ticks):
     evaluated = [line for line in lines if "eval/answer_accuracy" in line]
     assert [line["eval/clock_s"] for line in evaluated] == [3.6, 7.5, 9.3] and {line["eval/n"] for line in evaluated} == {8}
     assert run_leaderboard(config, tmp_path)["final"]["clock_s"] == 9.3  # finished: read, not run
-    row, = run_table(publish("leaderboard_search_micro", tmp_path / "leaderboard_search_micro", tmp_path / "out" / "published")).to_dict("records")
+    row, = run_table(publish("leaderboard_search_changed_micro", tmp_path / "leaderboard_search_changed_micro", tmp_path / "out" / "published")).to_dict("records")
     assert (row["clock_s"], row["sft_steps"], row["config"]["stages"]) == (9.3, 12, config.stages)
 
 
@@ -153,28 +154,91 @@ def search(root, accuracies: dict, **changes):
             leaderboard.finish_run(run)
 
 
+ALL = {"sft": 0.6, "sft_rate_half": 0.9, "sft_rate_double": 0.1, "grpo": 0.5, "sft50_grpo": 0.8, "sft80_grpo": 0.7}
+
+
 def test_what_is_confirmed_was_best_on_held_back_problems(tmp_path):
     with pytest.raises(ValueError, match="the search has finished no recipe"):
         to_confirm("micro", {}, tmp_path)
-    search(tmp_path, {"sft": 0.9})
-    with pytest.raises(ValueError, match="the search has finished sft"):
+    search(tmp_path, {k: v for k, v in ALL.items() if k != "sft80_grpo"})
+    with pytest.raises(ValueError, match="missing: sft80_grpo"):
         leaderboard_runs("micro", True, root=tmp_path)
-    search(tmp_path, {"grpo": 0.5, "sft50_grpo": 0.8})
-    search(tmp_path, {"sft": 0.1, "grpo": 0.7}, budget_s=9.0)
+    search(tmp_path, {"sft80_grpo": 0.7})
+    search(tmp_path, ALL | {"sft": 0.95, "grpo": 0.9}, budget_s=9.0)
     runs = leaderboard_runs("micro", True, root=tmp_path)
-    assert [(r.variant, r.seed) for r in runs] == [(name, seed) for seed in range(100, 104) for name in ("sft", "sft50_grpo")]
+    assert [(r.variant, r.seed) for r in runs] == [(name, seed) for seed in range(100, 104) for name in ("sft_rate_half", "sft50_grpo")]
     assert {(r.eval_data, r.family) for r in runs} == {("micro", "leaderboard")}
     assert to_confirm("micro", {"budget_s": 9.0}, tmp_path) == ["sft", "grpo"]  # another budget, another search
+    changed = leaderboard_runs("micro", True, changes={"budget_s": 9.0}, root=tmp_path)
+    assert {(r.family, r.recipe) for r in changed} == {("leaderboard_changed", "sft"), ("leaderboard_changed", "grpo")}  # published apart
     assert {r.eval_data for r in leaderboard_runs("micro")} == {"validation"}
 
 
+def test_one_entry_is_confirmed(tmp_path):
+    search(tmp_path, ALL)
+    search(tmp_path, {"sft_rate_half": 0.5, "sft50_grpo": 0.5}, seed=100, confirm=True)
+    assert to_confirm("micro", {}, tmp_path) == ["sft_rate_half", "sft50_grpo"]  # the same again: more seeds, or to go on
+    search(tmp_path, {"sft80_grpo": 1.0}, seed=1)
+    with pytest.raises(ValueError, match="chooses sft_rate_half and sft80_grpo, but the confirmation has runs of sft50_grpo"):
+        to_confirm("micro", {}, tmp_path)
+    search(tmp_path, {"sft_rate_half": 0.5}, seed=100, confirm=True, budget_s=9.0)  # other settings, a family apart
+    assert leaderboard.confirmed("micro", {"budget_s": 9.0}, tmp_path) == {"sft_rate_half"}
+
+
+def test_a_stage_does_not_change_how_its_run_is_evaluated(tmp_path, ticks, monkeypatch):
+    plain, seen = grpo_runs.evaluate_run, []
+    monkeypatch.setattr(grpo_runs, "evaluate_run", lambda s, step: seen.append(s.config) or plain(s, step))
+    step_of, trained = grpo_runs.run_step, []
+    monkeypatch.setattr(grpo_runs, "run_step", lambda s, step: trained.append(s.config) or step_of(s, step))
+    config = leaderboard_config("micro", "sft50_grpo", **TINY | {"grpo.temperature": 0.2, "grpo.max_tokens": 32, "grpo.min_tokens": 3})
+    run_leaderboard(config, tmp_path)
+    assert {(c.temperature, c.max_tokens, c.min_tokens, c.prompt) for c in trained} == {(0.2, 32, 3, config.prompt)}
+    rules = leaderboard.evaluation_config(vars(config))
+    assert len(seen) > 1 and all(c == rules for c in seen) and (rules.temperature, rules.max_tokens, rules.n_eval) == (1.0, 64, 8)
+    assert rules == leaderboard.evaluation_config(vars(leaderboard_config("micro", "sft", **TINY)))
+
+
+@pytest.mark.parametrize("name", ["model", "data", "train_data", "eval_data", "pool", "n_eval", "family", "variant", "seed", "prompt",
+                                  "n_grpo_steps", "eval_every"])
+def test_stages_choose_nothing_that_is_the_runs(name):
+    for kind in ("sft", "grpo"):
+        with pytest.raises(ValueError, match=f"{kind}.{name} is no choice of a stage"):
+            leaderboard_config("micro", "sft50_grpo", **{f"{kind}.{name}": 1})
+        with pytest.raises(ValueError, match=f"{kind}.{name} is no choice of a stage"):  # nor in a table
+            replace(leaderboard_config("micro", "sft"), stages=[{"kind": kind, "until": 1.0, name: 1}])
+
+
+def test_a_recipe_trains():
+    for stages in ([], [{"kind": "filter", "tries": 2, "of": 8}]):
+        with pytest.raises(ValueError, match="no stage that trains"):
+            replace(leaderboard_config("micro", "sft"), stages=stages)
+    with pytest.raises(ValueError, match="until a share of the budget"):
+        replace(leaderboard_config("micro", "sft"), stages=[{"kind": "sft", "until": 2.0}])
+
+
+@pytest.mark.parametrize("changes", [{"n_eval": 8}, {"temperature": 0.5}, {"max_tokens": 8}, {"prompt": "r1_zero"}, {"eval_data": "validation"}])
+def test_a_confirmation_keeps_the_rules(changes):
+    with pytest.raises(ValueError, match="a confirmation keeps the track's rules"):
+        leaderboard_config("micro", "sft", 100, True, **changes)
+
+
+def test_the_courses_model_may_lie_in_a_folder():
+    config = leaderboard_config("course", "sft", model="somewhere")
+    assert (config.model, config.variant, config.family) == ("somewhere", "sft", "leaderboard_search")
+    with pytest.raises(ValueError, match="no other model"):
+        leaderboard_config("pocket", "sft", model="somewhere")
+
+
 @pytest.mark.parametrize("args, expected", [
-    (["--only", "ppo"], "no recipe 'ppo'; there are: sft, grpo"), (["--confirm"], "the search has finished no recipe"),
+    (["--only", "ppo"], "no recipe 'ppo'; there are: sft, sft_rate_half"), (["--confirm"], "the search has finished no recipe"),
     (["--confirm", "--only", "sft"], "--confirm takes no --only"), (["--budget", "-1"], "budget_s = -1.0"),
     (["--set", "eval_data=micro"], "--set eval_data: this command"), (["--set", "grpo.overlap=True"], "overlap would sample on"),
-    (["--set", "grpo.nope=1"], "unknown setting nope"), (["--seeds", "101"], "are the confirmation's"), (["--set", "stages=1"], "stages"),
-    (["--set", "sft.until=0.0"], "until a share of the budget"), (["--track", "nope"], "micro, pocket, course"), (["--set", "nope.x=1"], "nope.x"),
-    (["--set", "data=nope"], "'nope' is no file"), (["--set", "prompt=nope"], "shipped prompts"), (["--set", "model=nope"], "no model 'nope'"),
+    (["--set", "grpo.nope=1"], "unknown setting nope"), (["--seeds", "101"], "are the confirmation's"), (["--set", "stages=[]"], "stages cannot be set"),
+    (["--set", "sft.until=0.5"], "sft.until cannot be set"), (["--budget", "0.01"], "no model is loaded"), (["--track", "nope"], "micro, pocket, course"), (["--set", "nope.x=1"], "nope.x"),
+    (["--set", "data=gsm8k"], "no other data"), (["--set", "prompt=nope"], "shipped prompts"), (["--model", "nope"], "no other model"),
+    (["--set", "model=nope"], "--set model: this command"), (["--set", "pool=4096"], "the track's training problems are 2,048"),
+    (["--dry-run", "--set", "n_eval=100000000"], "cannot be held back"),
+    (["--confirm", "--set", "grpo.n_eval=9"], "no choice of a stage"), (["--set", "recipe=sft"], "--set recipe: this command"), (["--set", "confirm=True"], "--set confirm: this command"),
     (["--set", "n_eval=4000"], "cannot be held back"), (["--set", "family=grpo"], "--set family: this command"),
 ])
 def test_refusals_come_at_once_and_leave_nothing(args, expected, tmp_path):
@@ -182,6 +246,17 @@ def test_refusals_come_at_once_and_leave_nothing(args, expected, tmp_path):
     status, said, imported = call("grpo_experiments", "leaderboard", *args, *track, "--root", str(tmp_path / "runs"), cwd=tmp_path)
     assert status == 2 and expected in said and not imported, said
     assert said.startswith("error: ") and list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_refuses_is_told_without_its_traceback(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("a run failed. x.log ends in\nTraceback (most recent call last):\n  File x\n" + last)
+    monkeypatch.setattr(side_by_side, "run_side_by_side", fails)
+    runs = leaderboard_runs("micro", only=["sft"])
+    for last, shown in [("ValueError: a budget of 2 s is too small", False), ("KeyError: 3", True)]:  # the second is our mistake
+        with pytest.raises(RuntimeError, match=last) as told:
+            grpo_experiments.race(runs, None, 1)
+        assert ("Traceback" in str(told.value)) is shown
 
 
 def test_dry_run_shows_the_courses_rules(tmp_path):
