@@ -155,6 +155,8 @@ def stage_settings(config: LeaderboardConfig, number: int) -> SFTConfig | GRPOCo
         return sft_config(config.track, **common | dict(data=config.data, pool=config.pool) | own)
     if own.get("overlap"):
         raise ValueError(f"{where}: overlap would sample on when the clock has ended")
+    if own.get("kl_coef"):
+        raise ValueError(f"{where}: a KL term needs a reference policy, which a recipe does not keep yet")
     return grpo_config(config.track, **common | dict(train_data=config.data, n_grpo_steps=FOREVER,
                                                      eval_every=FOREVER) | own)
 
