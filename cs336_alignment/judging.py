@@ -80,7 +80,6 @@ def parse_verdict(reply: str, allowed: tuple[str, ...]) -> str | None:
         found.add(None if unsure.match(reply, m.end("word")) else word)
     return found.pop() if len(found) == 1 else None
 
-
 # %% ../nbs/20a_judging.ipynb #9ee5cd7b
 def question(key: str, text: str, allowed: tuple[str, ...]) -> dict:
     """A question to a judge; the digest tells later whether a stored verdict belongs to it."""

@@ -163,8 +163,8 @@ def own_answer(text: str) -> str:
     more = re.search(r"\n[ \t#]{0,9}Question\b", text)
     if more and text[:more.start()].strip():
         text = text[:more.start()]
-    return re.sub(r"\A\s{0,9}Q:[^\n]{0,4000}\n\s{0,9}A:|\A\s{0,9}A:(?=\s{1,9}\(?[A-D]\b[).]{0,2}\s{0,9}\Z)", "Answer:", text)
-
+    asked, bare = r"\A\s{0,9}Q:[^\n]{0,4000}\n\s{0,9}A:", r"\A\s{0,9}A:(?=\s{1,9}\(?[A-D]\b[).]{0,2}\s{0,9}\Z)"
+    return re.sub(f"{asked}|{bare}", "Answer:", text)
 
 # %% ../nbs/20_safety_eval.ipynb #c2edc46f
 _WORDS = (r"is|was|be|would|should|must|might|could|will|has|to|the|most|very|likely|probably|seems|appears|"
@@ -196,15 +196,18 @@ _REJECTED = re.compile(
     r"(?:(?:the|a|an|clearly|definitely|probably|also|just|simply|obviously)\s{1,3}){0,2}"
     r"(?:not|never|wrong|incorrect|false|untrue|unlikely|least|worst|impossible|eliminated|ruled out))|cannot|can't|"
     r"(?:is|was|does|would|could|must|can|should)(?:n['’]t| not))\b")
-_NEGATED = re.compile(r"(?i)(?:\b(?:not|never|doubt|unlikely|wrong|false|incorrect|if|unless|whether|cannot|neither|"
+_NEGATED = re.compile(r"(?i)(?:\b(?:not|never|(?<!no )(?<!out )(?<!a )doubt|least|worst|unlikely|wrong|false|"
+                      r"incorrect|if|unless|whether|cannot|neither|"
                       r"nor|hardly|without|except|eliminate|reject)|n['’]t)\b(?!\s(?:only|sure))")
-_MARK = re.compile(r"(?:^|\s)\(?([A-D])(?:([.):])(?=\s{1,3}\S)(?!\s(?:is|are|was|would|and|or|but)\b)|[ \t]{0,3}(?=\n|\Z))")
+_MARK = re.compile(r"(?:^|\s)\(?([A-D])(?:([.):])(?=\s{1,3}\S)(?!\s(?:is|are|was|would|and|or|but)\b)"
+                   r"|[ \t]{0,3}(?=\n|\Z))")
 
 
 def denied(before: str) -> bool:
     """Whether the clause that ends with the text `before` denies or doubts what comes, or only supposes it."""
     clause = re.split(r"[.,;:!?\n]|\b(?:but|so|therefore|thus|hence|because|then)\b", before)[-1]
-    return bool(_NEGATED.search(clause))
+    asks = re.match(r"(?i)\s{0,3}(?:is|could|can|would|might|what if) (?:it|the|option)\b", clause)
+    return bool(asks or _NEGATED.search(clause))
 
 
 def begins_list(letter: str, after: str) -> bool:
@@ -213,12 +216,12 @@ def begins_list(letter: str, after: str) -> bool:
     mark = style and _MARK.search(after, style.end() - 1)
     if not mark or ord(mark[1]) != ord(letter.upper()) + 1 or (mark[2] or "\n") != style[0].lstrip(" \t"):
         return False
-    return not re.search(r"(?i)\b(?:not|is|than|or|and|to|of|with|for|option|choice|answer)\s\(?\Z", after[:mark.start(1)])
-
+    named = r"(?i)\b(?:not|is|than|or|and|to|of|with|for|option|choice|answer)\s\(?\Z"  # "A. It is not B. …"
+    return not re.search(named, after[:mark.start(1)])
 
 # %% ../nbs/20_safety_eval.ipynb #5b1d90e7
-_SMALL = set("it this that these they there the a an because since as for due which given based so but is and i we you he she "
-             "in on of to with all both no not when if while by from at its only".split())
+_SMALL = set("it this that these they there the a an because since as for due which given based so but is and i we you "
+             "he she in on of to with all both no not when if while by from at its only".split())
 
 
 def initial(letter: str, after: str, options: list[str]) -> bool:
@@ -229,7 +232,7 @@ def initial(letter: str, after: str, options: list[str]) -> bool:
     own = dict(zip("ABCD", options)).get(letter.upper(), "").casefold()
     return bool(word and options and word[1] not in _SMALL and word[1][:4] not in own)
 
-
+# %% ../nbs/20_safety_eval.ipynb #c07e4a12
 def stands(letter: str, after: str, options: list[str] = ()) -> bool | None:
     """Whether a letter before the text `after` names an option; None if it is one of several named together."""
     if re.match(r"[\w+#%°]|['’\-–]\w", after):
@@ -246,7 +249,6 @@ def stands(letter: str, after: str, options: list[str] = ()) -> bool | None:
         return False
     article = not closed and letter in "Aabcd" and re.match(r"\s{1,3}[a-z0-9]", after)
     return not article or bool(re.match(rf"\s{{1,3}}(?:{_SINCE}|(?:is|must|would)\b)", after))
-
 
 # %% ../nbs/20_safety_eval.ipynb #2cf119b9
 def verdicts(text: str, options: list[str] = ()) -> list[tuple[int, str | None]]:
@@ -278,7 +280,8 @@ def lone_letter(text: str, options: list[str] = ()) -> str | None:
     """The letter that an undressed text without a verdict begins with, or the only one that it sets apart."""
     listed = {m[1] for m in re.finditer(r"(?:^|\n)\W{0,9}([A-D])[).:](?=\s)(?!\s[A-Z]\.)", text)}
     marked = {m[1] for m in re.finditer(r"(?<!\w)\(?([A-D])\)(?!\w)", text)}
-    lead = re.match(r"\W{0,20}(?:(?i:option|choice)\s{1,3})?([A-Da-d])(?:[).:\]\"'](?!\w)|\s{0,9}\Z|[ \t]{0,3}\n|\s{1,3}[-–—]\s|"
+    lead = re.match(r"\W{0,20}(?:(?i:option|choice)\s{1,3})?([A-Da-d])"
+                    r"(?:[).:\]\"'](?!\w)|\s{0,9}\Z|[ \t]{0,3}\n|\s{1,3}[-–—]\s|"
                     rf"(?=,?\s{_SINCE}))", text)
     if lead:
         letter, after = lead[1].upper(), text[lead.end(1):lead.end(1) + 200]
@@ -316,8 +319,9 @@ def parse_mmlu_response(mmlu_example: dict, model_output: str) -> str | None:
     return lone_letter(text, options) or option_text(options, text)
 
 # %% ../nbs/20_safety_eval.ipynb #4373cb1b
-_NUMBER = re.compile(r"(?<![a-z0-9])(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]{1,2}(?:,[0-9]{2}){1,5},[0-9]{3}(?![0-9])"
-                     r"|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE]\+?[0-9]{1,2}(?!\w))?")
+_NUMBER = re.compile(r"(?<![a-z0-9])(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])"
+                     r"|[0-9]{1,2}(?:,[0-9]{2}){1,5},[0-9]{3}(?![0-9])|[0-9]+)"
+                     r"(?:\.[0-9]+)?|\.[0-9]+)(?:[eE]\+?[0-9]{1,2}(?!\w))?")
 _MINUS = re.compile(r"(?<![\w)\]}%])-[$£€¥₹]?\Z")
 _GROUPS = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,;]|[\u202f\u2009\u00a0'’])(?=[0-9]{3}(?![0-9]))")
 
@@ -474,7 +478,7 @@ def benchmark_metrics(name: str, records: list[dict]) -> dict:
         raise ValueError("metrics need at least one response")
     n, share = len(records), lambda found: sum(found) / len(records)
     seconds = sum(r["seconds"] for r in records)
-    metrics = {"n": n, "examples_per_s": n / seconds if seconds else float("nan"),
+    metrics = {"n": n, **({"examples_per_s": n / seconds} if seconds else {}),  # without a noted time there is no speed
                "mean_tokens": share(r["n_tokens"] for r in records), "empty": share(not r["answer"] for r in records),
                "truncated": share(r["finish_reason"] == "length" for r in records)}
     if not benchmark_of(name).parse:
@@ -496,8 +500,8 @@ def print_benchmark(name: str, m: dict, title: str = "") -> None:
               f"{m['unparsed']} unparsed")
     else:
         print(f"{title or name}: {m['n']} responses; a judge decides (notebook 20a)")
-    speed = f"{m['examples_per_s']:.2f}" if m["examples_per_s"] == m["examples_per_s"] else "n/a"  # no time was noted
-    print(f"  {speed} examples/s, {m['mean_tokens']:.0f} tokens each, {m['truncated']:.0%} cut off, "
+    speed = f"{m['examples_per_s']:.2f} examples/s, " if "examples_per_s" in m else ""
+    print(f"  {speed}{m['mean_tokens']:.0f} tokens each, {m['truncated']:.0%} cut off, "
           f"{m['empty']:.0%} empty")
 
 # %% ../nbs/20_safety_eval.ipynb #16fddb20
@@ -707,10 +711,12 @@ def check_length(model: str, prompt: str, max_tokens: int) -> None:
 
 
 def check_jobs(jobs: list[EvalJob], root: Path | None, force: bool) -> None:
-    """Raises ValueError or OSError if a job's folder cannot be used, or a prompt does not fit its model."""
+    """Raises ValueError or OSError if a job's folder cannot be used, or a prompt or a response does not fit its model."""
     for model, group in by_model([job for job in jobs if not is_finished(job.config, root, force)]).items():
         plan = lambda c: make_plan(c["benchmark"], config_examples(c), c["prompt"], greedy(c["prompt"], 1), 1)
-        inference.check_room(model, [line["prompt"] for job in group for line in plan(job.config)])
+        prompts = [line["prompt"] for job in group for line in plan(job.config)]
+        inference.check_room(model, prompts)
+        check_length(model, min(prompts, key=len), max(job.config["max_tokens"] for job in group))
 
 # %% ../nbs/20_safety_eval.ipynb #9fbb4069
 @app.command("run")

@@ -88,7 +88,7 @@ PLANETS = {"subject": "astronomy", "question": "Which planet is closest to the S
 @pytest.mark.parametrize("text", [
     "A is wrong.", "B is not correct.", "B is incorrect because it is far.", "B must be wrong.", "B is the wrong answer.", "B is the least correct answer.",
     "I don't think B is the correct answer.", "I doubt that B is correct.", "It is not true that B is correct.", "If the answer is B, then it is hot.",
-    "B isn't the answer.", "I don't think the answer is B.", "Not (B).", "B would be incorrect.", "(B) is wrong.",
+    "B isn't the answer.", "I don't think the answer is B.", "Not (B).", "B would be incorrect.", "(B) is wrong.", "The least correct answer is B.", "Is the answer B?",
     "A. Venus B. Mercury C. Mars D. Jupiter", "A) Venus B) Mercury", "(A) Venus (B) Mercury", "The correct answer is A. Venus B. Mercury C. Mars D. Jupiter",
     "Answer: A. Venus\nB. Mercury\nC. Mars\nD. Jupiter", "The correct answer is A\nB\nC\nD", "The correct answer is A. B. C. D.", "C++", "C. difficile causes diarrhea",
     "The answer is D. H. Lawrence", "The answer is C. difficile", "Mercury, C"])
@@ -101,7 +101,7 @@ def test_rejections_lists_and_names_are_no_choice(text):
         "A: B", "Q: Which planet is closest?\nA: Mercury", "Option B", "**Option B**", "Option B: Mercury", "Choice B", "B, Mercury", "Ans: B", "Correct: B", "Solution: B",
         r"The answer is \(B\).", r"The answer is \textbf{B}.", r"\boxed{B. Mercury}", r"\boxed{\text{B. Mercury}}", "<answer>B</answer>", "The answer is Mercury, which is option B.",
         "The correct answer is Mercury, B.", "The correct statement is B.", "The correct response is B.", "The correct one is B.", "The correct answer among the options is B.",
-        "The answer seems to be B.", "Since it is not cold, the answer is B.", "If you look at the orbits, the answer is B.", "B. mercury", "B. it is so",
+        "The answer seems to be B.", "Since it is not cold, the answer is B.", "There is no doubt that the answer is B.", "If you look at the orbits, the answer is B.", "B. mercury", "B. it is so",
         "The correct answer is B.\n\nA. Venus is too far.\nB. Mercury is close.\nC. Mars is not.", "I don't think the answer is A. The answer is B.")),
     ("The answer is not B but C.", "C"), ("At first glance the answer is B. However, the correct answer is C.", "C"), ("The correct answer is D, B is second best.", "D"),
     ("D\n\nQuestion: Which one?\nA. x\nB. y", "D"), ("The answer is A. It is not B. It is hot.", "A"), ("The answer is A, not B.", "A"), ("The answer is B, not A or C.", "B"),
@@ -290,6 +290,9 @@ class Fixed:
         return [[SimpleNamespace(text="The correct answer is B, or 5.```", token_ids=[1, 2], finish_reason="stop")] for _ in prompts]
 
 
+CHECK_LENGTH = safety_eval.check_length
+
+
 @pytest.fixture
 def fixed(monkeypatch):
     from cs336_alignment import inference, models, vllm_engine
@@ -362,3 +365,12 @@ def test_data_that_is_not_there_says_three_ways(place, monkeypatch):
         safety_eval.load_examples("mmlu")
     code, said = call("run", "--benchmark", "sst", "--root", place / "runs")
     assert code == 2 and "data get simple_safety_tests" in said and not (place / "runs").exists()
+
+
+def test_a_response_longer_than_the_context_is_refused_before_anything_starts(place, fixed, monkeypatch):
+    from cs336_alignment import inference
+    monkeypatch.setattr(safety_eval, "check_length", CHECK_LENGTH)
+    monkeypatch.setattr(inference, "AutoConfig", SimpleNamespace(from_pretrained=lambda _: SimpleNamespace(max_position_embeddings=8192)))
+    monkeypatch.setattr(inference, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda _: lambda text: SimpleNamespace(input_ids=text.split())))
+    code, said = call("run", "--benchmark", "mmlu", "--root", place / "runs", "--max-tokens", 100000)
+    assert code == 2 and "--max-tokens 100000 does not fit" in said and "8192" in said and not (place / "runs").exists() and not Fixed.made
