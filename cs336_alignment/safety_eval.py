@@ -711,7 +711,7 @@ def check_length(model: str, prompt: str, max_tokens: int) -> None:
 
 
 def check_jobs(jobs: list[EvalJob], root: Path | None, force: bool) -> None:
-    """Raises ValueError or OSError if a job's folder cannot be used, or a prompt or a response does not fit its model."""
+    """Raises ValueError or OSError if a job's folder cannot be used, or a prompt or response does not fit its model."""
     for model, group in by_model([job for job in jobs if not is_finished(job.config, root, force)]).items():
         plan = lambda c: make_plan(c["benchmark"], config_examples(c), c["prompt"], greedy(c["prompt"], 1), 1)
         prompts = [line["prompt"] for job in group for line in plan(job.config)]
