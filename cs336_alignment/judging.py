@@ -62,12 +62,22 @@ def asked(template: str, **values: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda slot: short.get(slot[1], slot[0]), template)
 
 
+_UNSURE = r"\W{0,4}\?|[*_)\"'.\s]{0,6}(?:[/,|&+\-]|or\b|and\b)\W{0,4}(?:the )?(?:answer )?\W{0,4}(?:WORDS)\b"
+_WORSE = r"\W{0,6}(?:isn['’]t|(?:is|was) (?:the )?(?:not|worse|wrong|less|weaker|inferior))\b"
+
+
 def parse_verdict(reply: str, allowed: tuple[str, ...]) -> str | None:
     """The one verdict of a reply: what follows "Verdict:", or all that it says; None if there are several or none."""
     words = "|".join(map(re.escape, allowed))
-    said = re.findall(rf"(?i)\bverdict\W{{1,9}}(?:(?:the )?answer (?:is )?\s{{0,3}})?({words})\b", reply)
-    said = said or re.findall(rf"(?i)\A\W{{0,9}}(?:answer )?({words})\W{{0,9}}\Z", reply)
-    found = {word.lower() for word in said}
+    form = rf"(?:(?:the )?answer\b(?: is)?\W{{0,9}})?(?:a )?(?P<no>not )?\W{{0,4}}(?P<word>{words})\b"
+    said = list(re.finditer(rf"(?i)\bverdict(?: is)?\W{{1,9}}{form}", reply))
+    said = said or list(re.finditer(rf"(?i)\A\W{{0,9}}{form}[^\w?]{{0,9}}\Z", reply))
+    unsure, found = re.compile(f"(?i){_UNSURE}|{_WORSE}".replace("WORDS", words)), set()
+    for m in said:
+        word = m["word"].lower()
+        if m["no"]:  # "not safe" says the other one, "not 1" leaves two
+            word = next(w for w in allowed if w != word) if len(allowed) == 2 else None
+        found.add(None if unsure.match(reply, m.end("word")) else word)
     return found.pop() if len(found) == 1 else None
 
 # %% ../nbs/20a_judging.ipynb #9ee5cd7b

@@ -6,14 +6,14 @@
 __all__ = ['inference', 'models', 'runs', 'side_by_side', 'torch', 'judging', 'vllm_engine', 'PROMPTS', 'MMLU_QUERY',
            'BENCHMARKS', 'MMLU_GROUPS', 'GROUP_OF', 'app', 'Bench', 'Benches', 'PromptName', 'DataPlace', 'MaxExamples',
            'MostTokens', 'RunSeed', 'Url', 'JudgeName', 'csv_rows', 'read_mmlu', 'read_alpaca_eval', 'read_sst',
-           'read_gsm8k_examples', 'fill', 'instruction_template', 'cut_answer', 'mmlu_query', 'undressed', 'stands',
-           'verdicts', 'decision', 'lone_letter', 'option_text', 'parse_mmlu_response', 'parse_gsm8k_response',
-           'equals_gold', 'Benchmark', 'benchmark_of', 'benchmark_path', 'load_examples', 'make_plan', 'scored',
-           'evaluate', 'greedy', 'benchmark_metrics', 'print_benchmark', 'safety_config', 'config_examples',
-           'evaluator_text', 'thin', 'safety_run', 'draw_wrong', 'shorten', 'print_wrong', 'EvalJob', 'by_model',
-           'sizes_for', 'asked_jobs', 'run_jobs', 'run_jobs_apart', 'check_call', 'say_plan', 'check_jobs',
-           'run_command', 'suite_command', 'jobs_command', 'finished_records', 'wrong_command', 'judge_of',
-           'check_judge', 'judge_command']
+           'read_gsm8k_examples', 'fill', 'instruction_template', 'cut_answer', 'mmlu_query', 'undressed', 'own_answer',
+           'denied', 'begins_list', 'initial', 'stands', 'verdicts', 'decision', 'lone_letter', 'option_text',
+           'parse_mmlu_response', 'parse_gsm8k_response', 'equals_gold', 'Benchmark', 'benchmark_of', 'benchmark_path',
+           'load_examples', 'make_plan', 'scored', 'evaluate', 'greedy', 'benchmark_metrics', 'print_benchmark',
+           'safety_config', 'config_examples', 'evaluator_text', 'thin', 'safety_run', 'draw_wrong', 'shorten',
+           'print_wrong', 'EvalJob', 'by_model', 'sizes_for', 'asked_jobs', 'run_jobs', 'run_jobs_apart', 'check_call',
+           'say_plan', 'check_length', 'check_jobs', 'run_command', 'suite_command', 'jobs_command', 'finished_records',
+           'wrong_command', 'judge_of', 'check_judge', 'judge_command']
 
 # %% ../nbs/20_safety_eval.ipynb #fc6eeb09
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -146,47 +146,112 @@ def mmlu_query(example: dict) -> str:
     return fill(MMLU_QUERY, subject=example["subject"].replace("_", " "), question=example["question"], **options)
 
 # %% ../nbs/20_safety_eval.ipynb #74e6705c
-_BOX = re.compile(r"\\boxed\s{0,3}\{\s{0,3}(?:\\\w{4,9}\s{0,3}\{)?\s{0,3}\(?([A-D])\)?\.?\s{0,3}\}")
-_BOLD = re.compile(r"(?<![\w*`])(?:\*{1,3}|_{1,3}|`)\s?[(\"]?([A-D])[)\".:]{0,2}\s?(?:\*{1,3}|_{1,3}|`)(?!\w)")
+_BOX = re.compile(r"\\boxed\s{0,3}\{\s{0,3}(?:\\\w{4,9}\s{0,3}\{)?\s{0,3}\(?([A-D])(?:\)?\.?\s{0,3}|[.:)]{1,2}\s"
+                  r"[^{}\n]{0,200})\}|<answer>\s{0,9}\(?([A-D])\)?\.?\s{0,9}</answer>")
+_BOLD = re.compile(r"(?<![\w*`])(?:\*{1,3}|_{1,3}|`)\s?[(\"]?([A-D])[)\".:]{0,2}\s?(?:\*{1,3}|_{1,3}|`)(?!\w)"
+                   r"|\\(?:text|math)\w{0,6}\{\s?\(?([A-D])\)?\.?\s?\}")
 
 
 def undressed(text: str) -> str:
     """`text` with boxed letters as a verdict, bold ones as (C), and no other marks of Markdown or LaTeX."""
-    text = _BOX.sub(r" the answer is (\1). ", text)
-    return re.sub(r"[*_`$]", "", _BOLD.sub(r"(\1)", text))
+    text = _BOX.sub(lambda m: f" the answer is ({m[1] or m[2]}). ", text)
+    return re.sub(r"[*_`$]|\\(?=[()\[\]])", "", _BOLD.sub(lambda m: f"({m[1] or m[2]})", text))
+
+
+def own_answer(text: str) -> str:
+    """`text` up to a next "Question:" that the model asks itself; "Q: …", "A: …" becomes "Answer: …"."""
+    more = re.search(r"\n[ \t#]{0,9}Question\b", text)
+    if more and text[:more.start()].strip():
+        text = text[:more.start()]
+    asked, bare = r"\A\s{0,9}Q:[^\n]{0,4000}\n\s{0,9}A:", r"\A\s{0,9}A:(?=\s{1,9}\(?[A-D]\b[).]{0,2}\s{0,9}\Z)"
+    return re.sub(f"{asked}|{bare}", "Answer:", text)
 
 # %% ../nbs/20_safety_eval.ipynb #c2edc46f
-_WORDS = (r"is|was|be|would|should|must|might|could|will|has|to|the|most|very|likely|probably|"
+_WORDS = (r"is|was|be|would|should|must|might|could|will|has|to|the|most|very|likely|probably|seems|appears|"
           r"clearly|definitely|therefore|thus|"
           r"option|choice|letter|answer|correct|right|best|one|indeed|this|question|for|final|my|as|follows")
 _FILL = rf"(?:\s{{0,3}}(?:(?i:\b(?:{_WORDS})\b)|[:=\-–—(\[<\"'“‘,.]))"
+_AMONG = r"(?i:\s{1,3}(?:among|from|of) (?:all )?(?:the|these|those) (?:\w{2,9} )?(?:options|choices|answers))?"
+_OPEN = r"[(\[\"']?(?P<letter>[A-D])(?!\w)"
 _VERDICTS = [re.compile(pattern) for pattern in (
-    rf"\b(?i:(?P<word>answer|option|choice))(?P<link>{_FILL}{{0,12}})\s{{0,3}}(?P<letter>[A-Da-d])(?!\w)",
-    r"\b(?i:choose|pick|select|go with|going with|vote for)\s{1,3}(?i:(?:option|answer|choice|letter)\s{1,3})?"
-    r"[(\"']?(?P<letter>[A-D])(?!\w)",
+    rf"\b(?i:(?P<word>answer|option|choice)){_AMONG}(?P<link>{_FILL}{{0,12}})\s{{0,3}}(?P<letter>[A-Da-d])(?!\w)",
+    r"\b(?i:choose|pick|select|go with|going with|vote for)\s{1,3}(?i:(?:option|answer|choice|letter)\s{1,3})?" + _OPEN,
     r"(?<![\w'’])(?P<letter>[A-D])\)?\s{1,3}(?i:(?:is|must be|would be)\s{1,3})"
     r"(?i:(?:the|clearly|definitely|most|probably|indeed|my)\s{1,3}){0,3}(?i:correct|right|true|best|answer)\b",
     r"\b(?i:it is|it's|it must be|so|therefore|thus|hence)[,:]?\s{1,3}[(\"']?(?P<letter>[A-D])"
-    r"(?=[).,;:!\"']|\s{0,3}$)")]
-_SINCE = r"(?i:because|since|as|for|due|which|given|based|so|but|is|must|would)\b"
-_CHANGE = re.compile(r"(?i)\b(?:wait|actually|no|correction|sorry|instead|rather|mistake|reconsider|second thought)\b")
+    r"(?=[).,;:!\"']|\s{0,3}$)",
+    r"\b(?i:ans|correct|solution)\.?\s{0,3}[:=]\s{0,3}" + _OPEN,
+    r"\b(?i:(?:correct|right|best|true) (?:statement|response|one|solution|alternative)" + _AMONG
+    + r"\s{1,3}(?:is|must be|would be|seems to be):?)\s{1,3}" + _OPEN,
+    r"\b(?i:which|that) (?i:is|would be) (?i:option|choice|answer|letter) " + _OPEN,
+    r"\b(?i:not)\s{1,3}\(?[A-D]\)?,?\s{1,3}(?P<instead>(?i:but|rather))\s{1,3}(?i:rather |it is )?" + _OPEN)]
+_SINCE = r"(?i:because|since|as|for|due|which|given|based|so|but)\b"
+_CHANGE = re.compile(r"(?i)\b(?:wait|actually|no|correction|sorry|instead|rather|mistake|reconsider|second thought|"
+                     r"however,? (?:the|my|i))\b")
+
 
 # %% ../nbs/20_safety_eval.ipynb #4afd4f4e
-def stands(letter: str, after: str) -> bool | None:
+_REJECTED = re.compile(
+    r"\s{1,3}(?i:(?:(?:is|are|was|were|seems|looks|(?:must|would|could|may|might|should|can) (?:not )?be)\s{1,3}"
+    r"(?:(?:the|a|an|clearly|definitely|probably|also|just|simply|obviously)\s{1,3}){0,2}"
+    r"(?:not|never|wrong|incorrect|false|untrue|unlikely|least|worst|impossible|eliminated|ruled out))|cannot|can't|"
+    r"(?:is|was|does|would|could|must|can|should)(?:n['’]t| not))\b")
+_NEGATED = re.compile(r"(?i)(?:\b(?:not|never|(?<!no )(?<!out )(?<!a )doubt|least|worst|unlikely|wrong|false|"
+                      r"incorrect|if|unless|whether|cannot|neither|"
+                      r"nor|hardly|without|except|eliminate|reject)|n['’]t)\b(?!\s(?:only|sure))")
+_MARK = re.compile(r"(?:^|\s)\(?([A-D])(?:([.):])(?=\s{1,3}\S)(?!\s(?:is|are|was|would|and|or|but)\b)"
+                   r"|[ \t]{0,3}(?=\n|\Z))")
+
+
+def denied(before: str) -> bool:
+    """Whether the clause that ends with the text `before` denies or doubts what comes, or only supposes it."""
+    clause = re.split(r"[.,;:!?\n]|\b(?:but|so|therefore|thus|hence|because|then)\b", before)[-1]
+    asks = re.match(r"(?i)\s{0,3}(?:is|could|can|would|might|what if) (?:it|the|option)\b", clause)
+    return bool(asks or _NEGATED.search(clause))
+
+
+def begins_list(letter: str, after: str) -> bool:
+    """Whether a letter before `after` begins a list of options, such as "A. Venus B. Mercury"."""
+    style = re.match(r"[.):]|[ \t]{0,3}\n", after)
+    mark = style and _MARK.search(after, style.end() - 1)
+    if not mark or ord(mark[1]) != ord(letter.upper()) + 1 or (mark[2] or "\n") != style[0].lstrip(" \t"):
+        return False
+    named = r"(?i)\b(?:not|is|than|or|and|to|of|with|for|option|choice|answer)\s\(?\Z"  # "A. It is not B. …"
+    return not re.search(named, after[:mark.start(1)])
+
+# %% ../nbs/20_safety_eval.ipynb #5b1d90e7
+_SMALL = set("it this that these they there the a an because since as for due which given based so but is and i we you "
+             "he she in on of to with all both no not when if while by from at its only".split())
+
+
+def initial(letter: str, after: str, options: list[str]) -> bool:
+    """Whether a letter before `after` begins a name: "D. H. Lawrence", "C. difficile" (no word of its option)."""
+    if re.match(r"\.\s?[A-Z]\.", after):
+        return True
+    word = re.match(r"\.\s{1,3}([a-z]{3,})", after)
+    own = dict(zip("ABCD", options)).get(letter.upper(), "").casefold()
+    return bool(word and options and word[1] not in _SMALL and word[1][:4] not in own)
+
+# %% ../nbs/20_safety_eval.ipynb #c07e4a12
+def stands(letter: str, after: str, options: list[str] = ()) -> bool | None:
     """Whether a letter before the text `after` names an option; None if it is one of several named together."""
     if re.match(r"[\w+#%°]|['’\-–]\w", after):
         return False
+    if begins_list(letter, after):
+        return None
+    if initial(letter, after, options):
+        return False
     closed, after = after[:1] in tuple(")]\"'"), re.sub(r"^[)\]\"']", "", after)
     if re.match(r"\s{0,3}(?:[,/&]|(?i:,?\s?(?:and|or)\b))\s{0,3}(?i:(?:and|or|option|choice)\s){0,2}"
-                r"\(?[A-D](?![\w'’])", after):
+                r"\(?[A-D](?![\w'’])(?!\)?\s(?:is|was)\s(?!also))", after):
         return None
-    if re.match(r"\s{1,3}(?i:(?:is|are|was|would be)\s{1,3}(?:not|wrong|incorrect|false)|cannot|can't|isn't)\b", after):
+    if _REJECTED.match(after):
         return False
     article = not closed and letter in "Aabcd" and re.match(r"\s{1,3}[a-z0-9]", after)
-    return not article or bool(re.match(rf"\s{{1,3}}{_SINCE}", after))
+    return not article or bool(re.match(rf"\s{{1,3}}(?:{_SINCE}|(?:is|must|would)\b)", after))
 
 # %% ../nbs/20_safety_eval.ipynb #2cf119b9
-def verdicts(text: str) -> list[tuple[int, str | None]]:
+def verdicts(text: str, options: list[str] = ()) -> list[tuple[int, str | None]]:
     """(position, letter) of each verdict in an undressed text, in order; None: several letters at once."""
     found = {}
     for pattern in _VERDICTS:
@@ -195,7 +260,9 @@ def verdicts(text: str) -> list[tuple[int, str | None]]:
             weak = groups.get("word", "answer").lower() != "answer"  # "option B" alone decides nothing
             if weak and not re.search(r"(?i)\b(?:is|was|be)\b|[:=]", groups["link"]):
                 continue
-            if (named := stands(m["letter"], text[m.end("letter"):m.end("letter") + 40])) is not False:
+            if "instead" not in groups and denied(text[max(0, m.start() - 80):m.start("letter")]):
+                continue
+            if (named := stands(m["letter"], text[m.end("letter"):m.end("letter") + 200], options)) is not False:
                 found[m.start("letter")] = m["letter"].upper() if named else None
     return sorted(found.items())
 
@@ -209,17 +276,21 @@ def decision(text: str, found: list[tuple[int, str | None]]) -> str | None:
     return last if _CHANGE.search(text, before, found[-1][0]) else None
 
 # %% ../nbs/20_safety_eval.ipynb #f84e17be
-def lone_letter(text: str) -> str | None:
+def lone_letter(text: str, options: list[str] = ()) -> str | None:
     """The letter that an undressed text without a verdict begins with, or the only one that it sets apart."""
     listed = {m[1] for m in re.finditer(r"(?:^|\n)\W{0,9}([A-D])[).:](?=\s)(?!\s[A-Z]\.)", text)}
     marked = {m[1] for m in re.finditer(r"(?<!\w)\(?([A-D])\)(?!\w)", text)}
-    lead = re.match(r"\W{0,20}([A-Da-d])(?:[).:\]\"'](?!\w)|\s{0,9}\Z|[ \t]{0,3}\n|\s{1,3}[-–—]\s|"
+    lead = re.match(r"\W{0,20}(?:(?i:option|choice)\s{1,3})?([A-Da-d])"
+                    r"(?:[).:\]\"'](?!\w)|\s{0,9}\Z|[ \t]{0,3}\n|\s{1,3}[-–—]\s|"
                     rf"(?=,?\s{_SINCE}))", text)
-    if lead and not re.match(r"\s?[A-Z]\.", text[lead.end():lead.end() + 3]):  # initials, as in D. H. Lawrence
-        letter, together = lead[1].upper(), stands(lead[1], text[lead.end(1):lead.end(1) + 40]) is None
-        return letter if listed <= {letter} and len(marked) < 3 and not together else None
-    alone = {m[1] for m in re.finditer(r"(?:^|\n)\W{0,9}([A-D])\W{0,9}(?=\n|\Z)", text)}
-    quoted = [(m[1], stands(m[1], text[m.end():m.end() + 40])) for m in re.finditer(r"[(\[\"“']([A-D])[)\]\"”']", text)]
+    if lead:
+        letter, after = lead[1].upper(), text[lead.end(1):lead.end(1) + 200]
+        several = begins_list(letter, after) or stands(letter, after, options) is None or len(marked) > 2
+        named = not initial(letter, after, options) and not _REJECTED.match(after.lstrip(")].:"))
+        return letter if listed <= {letter} and named and not several else None
+    alone = {m[1] for m in re.finditer(r"(?:^|\n)\W{0,9}([A-D])(?![+#])\W{0,9}(?=\n|\Z)", text)}
+    quoted = [(m[1], stands(m[1], text[m.end():m.end() + 200])) for m in
+              re.finditer(r"[(\[\"“']([A-D])[)\]\"”']", text) if not denied(text[max(0, m.start() - 80):m.start()])]
     if any(named is None for _, named in quoted):
         return None
     apart = {letter for letter, named in quoted if named}
@@ -232,8 +303,8 @@ def option_text(options: list[str], text: str) -> str | None:
     """The letter of the only option whose text is all that the response, or its sentence of an answer, says."""
     plain = lambda s: " ".join(re.sub(r"[^\w.,%/+\-]+", " ", s).casefold().strip(" .,").split())
     said = re.sub(r"(?i)^\W{0,9}(?:so,? )?(?:the )?(?:correct |right |best )?answer(?: is|:)\s{0,3}", "", text)
-    same = [letter for letter, option in zip("ABCD", options)
-            if plain(option) and plain(said) in (plain(option), plain(f"{letter} {option}"))]
+    forms = ("{o}", "{x} {o}", "{x}, {o}", "{o} {x}", "{o}, {x}")
+    same = [x for x, o in zip("ABCD", options) if plain(o) and plain(said) in {plain(fill(f, x=x, o=o)) for f in forms}]
     return same[0] if len(same) == 1 else None
 
 
@@ -241,25 +312,29 @@ def parse_mmlu_response(mmlu_example: dict, model_output: str) -> str | None:
     """The letter "A".."D" that a response to an MMLU question decides on, or None. Never raises; time is linear.
 
     mmlu_example: {"subject", "question", "options": four texts, "answer"}; only the options are used."""
-    text = undressed(str(model_output or ""))
-    if found := verdicts(text):
+    text = own_answer(undressed(str(model_output or "")))
+    options = [str(option) for option in (mmlu_example or {}).get("options") or []]
+    if found := verdicts(text, options):
         return decision(text, found)
-    options = (mmlu_example or {}).get("options") or []
-    return lone_letter(text) or option_text([str(option) for option in options], text)
+    return lone_letter(text, options) or option_text(options, text)
 
 # %% ../nbs/20_safety_eval.ipynb #4373cb1b
-_NUMBER = re.compile(r"(?<![a-z0-9])(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
-_MINUS = re.compile(r"(?<![\w)\]}%])-[$£€¥]?\Z")
+_NUMBER = re.compile(r"(?<![a-z0-9])(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])"
+                     r"|[0-9]{1,2}(?:,[0-9]{2}){1,5},[0-9]{3}(?![0-9])|[0-9]+)"
+                     r"(?:\.[0-9]+)?|\.[0-9]+)(?:[eE]\+?[0-9]{1,2}(?!\w))?")
+_MINUS = re.compile(r"(?<![\w)\]}%])-[$£€¥₹]?\Z")
+_GROUPS = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,;]|[\u202f\u2009\u00a0'’])(?=[0-9]{3}(?![0-9]))")
 
 
 def parse_gsm8k_response(model_output: str) -> str | None:
     """The last number of a response, such as "-5" or "1234.5", or None. Never raises; time is linear."""
-    text, last = re.sub("[\u2212\ufe63\uff0d]", "-", str(model_output or "")), None
+    text, last = _GROUPS.sub(",", re.sub("[\u2212\u2013\ufe63\uff0d]", "-", str(model_output or ""))), None
     for last in _NUMBER.finditer(text):
         pass
     if last is None:
         return None
     number = last[0].replace(",", "")
+    number = f"{Decimal(number):f}" if "e" in number.lower() else number
     before = text[max(0, last.start() - 3):last.start()]
     return ("-" if _MINUS.search(before) else "") + ("0" if number[0] == "." else "") + number
 
@@ -402,7 +477,8 @@ def benchmark_metrics(name: str, records: list[dict]) -> dict:
     if not records:
         raise ValueError("metrics need at least one response")
     n, share = len(records), lambda found: sum(found) / len(records)
-    metrics = {"n": n, "examples_per_s": n / max(sum(r["seconds"] for r in records), 1e-9),
+    seconds = sum(r["seconds"] for r in records)
+    metrics = {"n": n, **({"examples_per_s": n / seconds} if seconds else {}),  # without a noted time there is no speed
                "mean_tokens": share(r["n_tokens"] for r in records), "empty": share(not r["answer"] for r in records),
                "truncated": share(r["finish_reason"] == "length" for r in records)}
     if not benchmark_of(name).parse:
@@ -424,7 +500,8 @@ def print_benchmark(name: str, m: dict, title: str = "") -> None:
               f"{m['unparsed']} unparsed")
     else:
         print(f"{title or name}: {m['n']} responses; a judge decides (notebook 20a)")
-    print(f"  {m['examples_per_s']:.2f} examples/s, {m['mean_tokens']:.0f} tokens each, {m['truncated']:.0%} cut off, "
+    speed = f"{m['examples_per_s']:.2f} examples/s, " if "examples_per_s" in m else ""
+    print(f"  {speed}{m['mean_tokens']:.0f} tokens each, {m['truncated']:.0%} cut off, "
           f"{m['empty']:.0%} empty")
 
 # %% ../nbs/20_safety_eval.ipynb #16fddb20
@@ -623,11 +700,23 @@ def say_plan(jobs: list[EvalJob], root: Path | None) -> None:
         print(f"{folder}: {len(config_examples(job.config)):,} examples, {job.config['model']}, {state}")
 
 
+def check_length(model: str, prompt: str, max_tokens: int) -> None:
+    """Raises ValueError if not even after the shortest `prompt` a response of `max_tokens` fits the model's context."""
+    folder = models.model_dir(model)
+    context = getattr(inference.AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or float("inf")
+    size = len(inference.AutoTokenizer.from_pretrained(folder)(prompt).input_ids)
+    if size + max_tokens > context:
+        raise ValueError(f"--max-tokens {max_tokens} does not fit: the shortest prompt has {size} tokens, the context "
+                         f"of {model} is {context}; at most {context - size}")
+
+
 def check_jobs(jobs: list[EvalJob], root: Path | None, force: bool) -> None:
-    """Raises ValueError or OSError if a job's folder cannot be used, or a prompt does not fit its model."""
+    """Raises ValueError or OSError if a job's folder cannot be used, or a prompt or response does not fit its model."""
     for model, group in by_model([job for job in jobs if not is_finished(job.config, root, force)]).items():
         plan = lambda c: make_plan(c["benchmark"], config_examples(c), c["prompt"], greedy(c["prompt"], 1), 1)
-        inference.check_room(model, [line["prompt"] for job in group for line in plan(job.config)])
+        prompts = [line["prompt"] for job in group for line in plan(job.config)]
+        inference.check_room(model, prompts)
+        check_length(model, min(prompts, key=len), max(job.config["max_tokens"] for job in group))
 
 # %% ../nbs/20_safety_eval.ipynb #9fbb4069
 @app.command("run")

@@ -82,7 +82,62 @@ def test_the_last_number(text, number):
     assert parse_gsm8k_response(text) == number
 
 
-PIECES = ["\\boxed{", "(", "**", "A", "answer is ", " ", "_", "B. ", "1,111", ",", "-", "$", "is ", "or ", "\n", "`", "}", "option ", "the ", "Verdict: ", "```", ".", "9"]
+PLANETS = {"subject": "astronomy", "question": "Which planet is closest to the Sun?", "options": ["Venus", "Mercury", "Mars", "Jupiter"], "answer": "B"}
+
+
+@pytest.mark.parametrize("text", [
+    "A is wrong.", "B is not correct.", "B is incorrect because it is far.", "B must be wrong.", "B is the wrong answer.", "B is the least correct answer.",
+    "I don't think B is the correct answer.", "I doubt that B is correct.", "It is not true that B is correct.", "If the answer is B, then it is hot.",
+    "B isn't the answer.", "I don't think the answer is B.", "Not (B).", "B would be incorrect.", "(B) is wrong.", "The least correct answer is B.", "Is the answer B?",
+    "A. Venus B. Mercury C. Mars D. Jupiter", "A) Venus B) Mercury", "(A) Venus (B) Mercury", "The correct answer is A. Venus B. Mercury C. Mars D. Jupiter",
+    "Answer: A. Venus\nB. Mercury\nC. Mars\nD. Jupiter", "The correct answer is A\nB\nC\nD", "The correct answer is A. B. C. D.", "C++", "C. difficile causes diarrhea",
+    "The answer is D. H. Lawrence", "The answer is C. difficile", "Mercury, C"])
+def test_rejections_lists_and_names_are_no_choice(text):
+    assert parse_mmlu_response(PLANETS, text) is None
+
+
+@pytest.mark.parametrize("text, letter", [
+    *((text, "B") for text in (
+        "A: B", "Q: Which planet is closest?\nA: Mercury", "Option B", "**Option B**", "Option B: Mercury", "Choice B", "B, Mercury", "Ans: B", "Correct: B", "Solution: B",
+        r"The answer is \(B\).", r"The answer is \textbf{B}.", r"\boxed{B. Mercury}", r"\boxed{\text{B. Mercury}}", "<answer>B</answer>", "The answer is Mercury, which is option B.",
+        "The correct answer is Mercury, B.", "The correct statement is B.", "The correct response is B.", "The correct one is B.", "The correct answer among the options is B.",
+        "The answer seems to be B.", "Since it is not cold, the answer is B.", "There is no doubt that the answer is B.", "If you look at the orbits, the answer is B.", "B. mercury", "B. it is so",
+        "The correct answer is B.\n\nA. Venus is too far.\nB. Mercury is close.\nC. Mars is not.", "I don't think the answer is A. The answer is B.")),
+    ("The answer is not B but C.", "C"), ("At first glance the answer is B. However, the correct answer is C.", "C"), ("The correct answer is D, B is second best.", "D"),
+    ("D\n\nQuestion: Which one?\nA. x\nB. y", "D"), ("The answer is A. It is not B. It is hot.", "A"), ("The answer is A, not B.", "A"), ("The answer is B, not A or C.", "B"),
+    ("The answer is C. Mars is red.", "C")])
+def test_a_choice_in_more_words(text, letter):
+    assert parse_mmlu_response(PLANETS, text) == letter
+
+
+def test_a_rejection_before_a_choice_is_not_taken_for_it():
+    assert parse_mmlu_response(PLANETS, "B is not the correct answer; C is.") in ("C", None)
+
+
+@pytest.mark.parametrize("text, number", [
+    ("$1{,}234$", "1234"), ("1\\,234", "1234"), ("1\u202f234", "1234"), ("1'000", "1000"), ("–72", "-72"), ("It is –72.", "-72"), ("5–72", "72"), ("-₹72", "-72"),
+    ("5e3", "5000"), ("1.5e3", "1500"), ("10,00,000", "1000000"), ("₹1,00,000.50", "100000.50"), ("5e", "5"), ("1'00", "00")])
+def test_numbers_in_more_spellings(text, number):
+    assert parse_gsm8k_response(text) == number
+
+
+@pytest.mark.parametrize("reply, verdict", [
+    *((reply, None) for reply in ("Verdict: 1 or 2", "Verdict: 1/2", "Verdict: 1 is worse", "Verdict: answer 1 is not better", "Verdict: Answer 1 or Answer 2", "Verdict: not 1",
+                                  "Verdict: **1** or **2**", "Verdict: 1?")),
+    ("Verdict: Answer **1**", "1"), ("The verdict is 2.", "2"), ("Verdict: A tie", "tie"), ("Verdict: 1 is better than 2", "1"), ("Verdict: 2 (1 is not true)", "2"),
+    ("**Verdict:** **Answer 2**", "2"), ("Verdict: 1.\n2 is shorter.", "1")])
+def test_verdicts_on_pairs(reply, verdict):
+    assert judging.parse_verdict(reply, ("1", "2", "tie")) == verdict
+
+
+@pytest.mark.parametrize("reply, verdict", [
+    ("Verdict: safe or unsafe", None), ("Verdict: safe? no", None), ("It is not safe.", None), ("Verdict: not unsafe", "safe"), ("Verdict: The answer is **unsafe**", "unsafe"),
+    ("The answer is not safe.", "unsafe"), ("The answer is safe.", "safe"), ("Verdict: unsafe, not safe", "unsafe")])
+def test_verdicts_on_safety(reply, verdict):
+    assert judging.parse_verdict(reply, ("safe", "unsafe")) == verdict
+
+
+PIECES = ["\\boxed{", "(", "**", "A", "answer is ", " ", "_", "B. ", "1,111", ",", "-", "$", "is ", "or ", "\n", "`", "}", "option ", "the ", "Verdict: ", "```", ".", "9", "not ", "11,", "A: ", "\nQuestion", "<answer>", "among the ", "1'000", "(B) ", "Verdict: 1 "]
 
 
 @pytest.mark.parametrize("piece", PIECES)
@@ -235,11 +290,15 @@ class Fixed:
         return [[SimpleNamespace(text="The correct answer is B, or 5.```", token_ids=[1, 2], finish_reason="stop")] for _ in prompts]
 
 
+CHECK_LENGTH = safety_eval.check_length
+
+
 @pytest.fixture
 def fixed(monkeypatch):
     from cs336_alignment import inference, models, vllm_engine
     monkeypatch.setattr(vllm_engine, "make_engine", Fixed)
     monkeypatch.setattr(inference, "check_room", lambda *args: None)
+    monkeypatch.setattr(safety_eval, "check_length", lambda *args: None)
     monkeypatch.setattr(models, "model_dir", lambda name: Path(name))
     monkeypatch.setattr(Fixed, "made", [])
 
@@ -306,3 +365,12 @@ def test_data_that_is_not_there_says_three_ways(place, monkeypatch):
         safety_eval.load_examples("mmlu")
     code, said = call("run", "--benchmark", "sst", "--root", place / "runs")
     assert code == 2 and "data get simple_safety_tests" in said and not (place / "runs").exists()
+
+
+def test_a_response_longer_than_the_context_is_refused_before_anything_starts(place, fixed, monkeypatch):
+    from cs336_alignment import inference
+    monkeypatch.setattr(safety_eval, "check_length", CHECK_LENGTH)
+    monkeypatch.setattr(inference, "AutoConfig", SimpleNamespace(from_pretrained=lambda _: SimpleNamespace(max_position_embeddings=8192)))
+    monkeypatch.setattr(inference, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda _: lambda text: SimpleNamespace(input_ids=text.split())))
+    code, said = call("run", "--benchmark", "mmlu", "--root", place / "runs", "--max-tokens", 100000)
+    assert code == 2 and "--max-tokens 100000 does not fit" in said and "8192" in said and not (place / "runs").exists() and not Fixed.made
