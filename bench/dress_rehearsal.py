@@ -2,7 +2,7 @@
 
     python bench/dress_rehearsal.py                                      # one GPU
     python bench/dress_rehearsal.py --only sft --only baselines          # some of the commands
-    python bench/dress_rehearsal.py --small --out /tmp/rehearsal.json    # a CPU: a tiny model, short responses
+    python bench/dress_rehearsal.py --small --out rehearsal.json         # a CPU: a tiny model, short responses
 
 The weights are random (the real ones were never here), so no accuracy means anything. Two things stand in for what such a
 model lacks. The reward is a coin, by the response's checksum, as nothing would ever be right and no step would train. The
