@@ -918,14 +918,15 @@ def kept_lines(lines: list[dict], many: bool = False) -> list[dict]:
 def kept_rollouts(rollouts: dict[tuple, list[dict]], many: bool = False) -> dict[tuple, list[dict]]:
     """What is published of the rollouts of a family's runs, by (variant, seed).
 
-    Of runs that were evaluated once, all. Of the others the lowest seed of each variant, of it `KEPT_STEPS` evaluations
-    from the first to the last, of each the first `KEPT_QUESTIONS`; of a family of many runs half as many of both.
+    Of runs that were evaluated once, all; in a family of many runs, of the lowest seed of each variant. Of runs that
+    train also the lowest seed, of it `KEPT_STEPS` evaluations from the first to the last, of each the first
+    `KEPT_QUESTIONS`; of a family of many runs half as many of both.
     """
     kept, seen = {}, set()
     most_steps, most_questions = (KEPT_STEPS // 2, KEPT_QUESTIONS // 2) if many else (KEPT_STEPS, KEPT_QUESTIONS)
     for key in sorted(k for k, records in rollouts.items() if records):
         steps = sorted({r["step"] for r in rollouts[key]})
-        if len(steps) > 1 and key[0] in seen:
+        if (many or len(steps) > 1) and key[0] in seen:
             continue
         seen.add(key[0])
         if len(steps) > most_steps:

@@ -537,7 +537,7 @@ def evaluator_text(name: str, records: list[dict], generator: str) -> str:
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 
-def thin(name: str, records: list[dict], each: int = 5) -> list[dict]:
+def thin(name: str, records: list[dict], each: int = 2) -> list[dict]:
     """A few lines to publish: of each outcome the first; of AlpacaEval without its instructions, whose licence is not
     ours to pass on; of sst no text at all."""
     kept, seen = [], Counter()
@@ -545,8 +545,8 @@ def thin(name: str, records: list[dict], each: int = 5) -> list[dict]:
         outcome = "unparsed" if r.get("parsed", "") is None else r.get("right")
         seen[outcome] += 1
         kept += [r] * (seen[outcome] <= each)
-    also = {"sst": {"prompt", "response", "answer"}, "alpaca_eval": {"prompt"}}.get(name, set())
-    hidden = {"sampling", "question"} | also
+    also = {"sst": {"prompt", "response"}, "alpaca_eval": {"prompt"}}.get(name, set())
+    hidden = {"sampling", "question", "answer"} | also  # the answer is what a response begins with
     return [{k: v for k, v in r.items() if k not in hidden} for r in kept]
 
 # %% ../nbs/20_safety_eval.ipynb #95ca2caa
