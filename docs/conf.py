@@ -27,13 +27,20 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 6
 
 html_theme = "sphinx_book_theme"
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "use_fullscreen_button": False}
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "use_fullscreen_button": False, "navbar_persistent": []}
 html_static_path = ["site.css", str(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf")]
 html_css_files = ["site.css"]
+html_context = {"default_mode": "auto"}
 html_sourcelink_suffix = ""
 html_use_index = html_domain_indices = False
 html_math_renderer = "mathml"
 to_mathml = math_core.LatexToMathML(fancy_error=False).convert_with_local_state
+
+SEARCH = """document.addEventListener("DOMContentLoaded", () => {
+  if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;  // a page on the disk may not fetch another
+  const read = Search.htmlToText;  // excerpts from the article, without the buttons and menus above it
+  Search.htmlToText = (html, anchor) => read(html.replace(/(role="main"[^>]*>)[^]*?(?=<article)/, "$1"), anchor);
+});"""
 
 
 def natural(path: Path) -> list:
@@ -77,5 +84,6 @@ def math(display: bool):
 
 def setup(app):
     app.connect("source-read", source)
+    app.connect("html-page-context", lambda app, page, *_: app.add_js_file(None, body=SEARCH) if page == "search" else None)
     app.add_html_math_renderer("mathml", inline_renderers=math(False), block_renderers=math(True))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
