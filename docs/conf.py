@@ -58,6 +58,10 @@ def source(app, docname: str, content: list[str]) -> None:
     """What the site adds to a file before it is parsed: the menu, the kind of its anchors, a language, cells to unfold."""
     path = Path(app.env.doc2path(docname))
     app.env.myst_config.heading_slug_func = partial(re.sub, " ", "-") if path.suffix == ".ipynb" else github_slugify  # JupyterLab's, GitHub's
+    runs = lambda m: f"]({m[1]}/runs.csv)" if (path.parent / m[1] / "runs.csv").is_file() else m[0]  # a site does not show folders
+    content[0] = re.sub(r"\]\(([\w./]+)\)", runs, content[0])
+    if docname == root_doc:
+        content[0] += toctrees()
     if path.suffix == ".ipynb":
         nb = json.loads(content[0])
         nb["metadata"]["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
@@ -65,9 +69,6 @@ def source(app, docname: str, content: list[str]) -> None:
             if re.match(r"#\|\s*hide\b", "".join(cell["source"])):
                 cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), "hide-cell"]
         content[0] = json.dumps(nb)
-        return
-    text = re.sub(r"\]\(([\w/]+)\)", lambda m: f"]({m[1]}/runs.csv)" if (path.parent / m[1]).is_dir() else m[0], content[0])
-    content[0] = text + (toctrees() if docname == root_doc else "")
 
 
 def math(display: bool):
