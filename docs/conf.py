@@ -17,7 +17,7 @@ project = html_title = "CS336 assignment 5, executable"
 copyright, html_show_copyright, html_show_sphinx, language = "", False, False, "en"
 root_doc = "README"
 include_patterns = ["README.md", "nbs/*.ipynb", *TOC["The project"]]
-exclude_patterns = [".*", "_build", "**/.ipynb_checkpoints", "**/node_modules"]
+exclude_patterns = [".*", "_build", "results/runs"]
 extensions = ["myst_nb"]
 
 nb_execution_mode = "off"
