@@ -742,9 +742,9 @@ def run_command(benchmark: Bench, track: TrackName = "pocket", prompt: PromptNam
     with told():
         check_call([benchmark], [prompt], [model], track, data, max_examples, seed, max_tokens, engine, root)
         jobs = asked_jobs([benchmark], [(prompt, model)], track, data, max_examples, seed, max_tokens)
-        if dry_run:
-            return say_plan(jobs, root)
         check_jobs(jobs, root, force)
+    if dry_run:
+        return say_plan(jobs, root)
     with told(runs.RunConflict, runs.DiskFull):
         run_jobs(jobs, root, engine, force, sys.stderr.isatty())
     print(f"responses and outputs: {jobs[0].folder(root)}")
@@ -764,9 +764,9 @@ def suite_command(zero_shot: Annotated[list[str], typer.Option(help="a model to 
             raise ValueError("no model: name one or more with --zero-shot or --alpaca")
         check_call(benchmark, [], [m for _, m in pairs], track, None, max_examples, seed, max_tokens, engine, root)
         jobs = asked_jobs(benchmark, pairs, track, None, max_examples, seed, max_tokens)
-        if dry_run:
-            return say_plan(jobs, root)
         check_jobs(jobs, root, False)
+    if dry_run:
+        return say_plan(jobs, root)
     apart = min(processes or torch.cuda.device_count() or 1, len(by_model(jobs)))
     with told(runs.RunConflict, runs.DiskFull, RuntimeError):
         run_jobs(jobs, root, engine) if apart == 1 else run_jobs_apart(jobs, apart, root, engine)
