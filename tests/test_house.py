@@ -3,10 +3,12 @@ import ast
 import importlib
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
@@ -122,6 +124,37 @@ def test_says_only_what_a_reader_can_follow(path):
 @each([*NOTEBOOKS, *sorted(ROOT.glob("*.md")), ROOT / "data" / "README.md", ROOT / "results" / "README.md"])
 def test_no_dead_link(path):
     assert not dead(path)
+
+
+tops = SimpleNamespace(**runpy.run_path(str(ROOT / ".ci" / "tops")))
+
+
+@each(NOTEBOOKS[:-1])
+def test_top_is_the_one_of_the_course_map(path):
+    (_, _), (_, cell), *_ = cells(path)
+    made = tops.top(path.stem, path.parent)
+    assert (cell["id"], text(cell["source"])) == (made["id"], made["source"]), "run .ci/tops"
+    assert len(made["source"].encode()) <= 3000
+
+
+def test_stale_tops_are_seen(tmp_path):
+    folder = tmp_path / "nbs"
+    shutil.copytree(ROOT / "nbs", folder)
+
+    def change(name, old, new):
+        path = folder / f"{name}.ipynb"
+        before = path.read_text("utf-8")
+        assert old in before
+        path.write_text(before.replace(old, new), "utf-8")
+
+    change("11_grpo_helpers", "# 11 · GRPO helpers", "# 11 · Helpers")
+    change("00_course_map", '(\\"E8_speed\\", ', '(\\"E9_speed\\", ')
+    (folder / "E8_speed.ipynb").rename(folder / "E9_speed.ipynb")
+    for name in ("12_grpo", "E9_speed", "E7_loop_in_earnest"):
+        with pytest.raises(AssertionError, match="run .ci/tops"):
+            test_top_is_the_one_of_the_course_map(folder / f"{name}.ipynb")
+        assert tops.write(name, folder) and not tops.write(name, folder)
+        test_top_is_the_one_of_the_course_map(folder / f"{name}.ipynb")
 
 
 def test_map_names_every_problem():
