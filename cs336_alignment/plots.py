@@ -158,8 +158,8 @@ def paired_table(runs: pd.DataFrame, base: str, names: dict[str, str]) -> pd.Dat
 def band(runs: pd.DataFrame, metric: str, x: str = "step", points: int = 60) -> pd.DataFrame:
     """Mean and half width of `metric` over seeds, indexed by `x` ("step", "samples" or "wall_s"); `n`: seeds there.
 
-    If the seeds share their values of x (on the length that they have in common) these are used, otherwise `points`
-    values from the latest start to the latest end, each curve interpolated within its own range.
+    Steps are used as they are, and so are other values of x that the seeds share (on the length that they have in
+    common); otherwise `points` values from the latest start to the latest end, each curve interpolated within its own range.
     Raises ValueError if no run has this metric, naming those that there are.
     """
     if metric not in runs or runs[metric].notna().sum() == 0:
@@ -169,10 +169,10 @@ def band(runs: pd.DataFrame, metric: str, x: str = "step", points: int = 60) -> 
         raise ValueError(f"no line with {metric} has {x}: log train/samples to draw by samples")
     curves = [g.drop_duplicates(x, keep="last").set_index(x)[metric].sort_index() for _, g in rows.groupby("seed")]
     shared = max(curves, key=len).index
-    if not all(c.index.equals(shared[: len(c)]) for c in curves):
+    if x != "step" and not all(c.index.equals(shared[: len(c)]) for c in curves):
         grid = np.linspace(max(c.index[0] for c in curves), max(c.index[-1] for c in curves), points)
         curves = [pd.Series(np.interp(grid, c.index, c, left=np.nan, right=np.nan), grid) for c in curves]
-    table = pd.concat(curves, axis=1)
+    table = pd.concat(curves, axis=1).sort_index()
     return pd.DataFrame([interval(row) for row in table.to_numpy()], table.index.rename(x), ["mean", "half", "n"])
 
 # %% ../nbs/E5_plots.ipynb #8d90c326
@@ -180,7 +180,7 @@ X_LABELS = {"step": "training step", "samples": "samples seen", "wall_s": "wall-
             "eval/clock_s": "time on the clock, s"}
 WORDS = {"answer_accuracy": "accuracy", "format_rate": "well-formed responses", "truncated": "responses cut off",
          "reward_mean": "mean reward", "token_entropy": "entropy, nats a token", "grad_norm": "gradient norm",
-         "mean_tokens": "response length, tokens", "share_trained": "responses with an advantage",
+         "mean_tokens": "response length, tokens", "share_trained": "with an advantage",
          "share_solved": "questions solved", "clip_fraction": "tokens clipped", "engine_gap": "engine gap, nats"}
 
 
@@ -241,13 +241,14 @@ def label_ends(ax, lines: list, labels: list[str]) -> None:
     for k in range(1, len(places)):
         places[k] = max(places[k], places[k - 1] + 9)
     shift = sum(p - at[k] for p, k in zip(places, order)) / len(places)  # all together as high as the ends
+    shift = min(shift, places[0] - 4)  # and above the axis
     for k, place in zip(order, places):
         ax.annotate(labels[k], ends[k], (4, place - shift - at[k]), textcoords="offset points", fontsize=8,
                     color=lines[k].get_color(), va="center", annotation_clip=False)
 
 # %% ../nbs/E5_plots.ipynb #aa586770
 def draw_band(ax, full: pd.DataFrame, rest: pd.DataFrame, limits: tuple):
-    """A curve with its band, dotted where some seeds have ended (`rest`); returns that line. limits: of the band."""
+    """A curve with its band, dotted where seeds are missing (`rest`); returns that line. limits: of the band."""
     line, = ax.plot(full.index, full["mean"])
     low, high = full["mean"] - full.half, full["mean"] + full.half
     ax.fill_between(full.index, low.clip(*limits), high.clip(*limits), color=line.get_color(), alpha=0.2, lw=0)
@@ -255,12 +256,12 @@ def draw_band(ax, full: pd.DataFrame, rest: pd.DataFrame, limits: tuple):
 
 # %% ../nbs/E5_plots.ipynb #7b7148a9
 def plot_curves(runs: pd.DataFrame, metric: str, x: str = "step", ax=None, labels: dict[str, str] | None = None,
-                title: str | None = None, ends: bool = True):
+                title: str | None = None, ends: bool = True, caption: str | None = None):
     """Draw `metric` against `x`: mean over seeds and ± 1.96·σ/√n, one line a variant; returns the axes.
 
     runs: from `load_runs`. x: "step", "samples", "wall_s", or "eval/clock_s" (18). title: the message. ends: label
     the curves. labels: other names for variants, also which, and their order; more than four are hard to tell apart:
-    see `plot_dots`. Shares are in %.
+    see `plot_dots`. caption: default, what `describe` says. Shares are in %.
     """
     ax = ax or plt.subplots(figsize=(6, 3.6))[1]
     variants, scale = list(labels or sorted(runs.variant.unique())), 100 if is_share(metric) else 1
@@ -271,11 +272,12 @@ def plot_curves(runs: pd.DataFrame, metric: str, x: str = "step", ax=None, label
             ax.plot([], [])
             continue
         curve = band(runs[runs.variant == variant], metric, x) * [scale, scale, 1]
-        full = curve[curve.n == curve.n.max()]
-        lines.append(draw_band(ax, full, curve.loc[full.index[-1]:], (0, 100) if scale == 100 else (None, None)))
+        full = curve[curve.n == runs[(runs.variant == variant) & runs[metric].notna()].seed.nunique()]
+        rest = curve.loc[full.index[-1]:] if full.index[:1].equals(curve.index[:1]) else curve
+        lines.append(draw_band(ax, full, rest, (0, 100) if scale == 100 else (None, None)))
     ax.set(xlabel=X_LABELS[x], ylabel=axis_label(metric))
     ax.spines[["top", "right"]].set_visible(False)
-    put_title(ax, title, describe(runs[runs.variant.isin(drawn)], metric))
+    put_title(ax, title, describe(runs[runs.variant.isin(drawn)], metric) if caption is None else caption)
     if ends and (labels or len(variants) > 1):
         label_ends(ax, lines, [(labels or {}).get(v, v) for v in drawn])
     return ax
@@ -287,18 +289,22 @@ PANELS = ("eval/answer_accuracy", "eval/token_entropy", "eval/mean_tokens", "tra
 
 def plot_panels(runs: pd.DataFrame, labels: dict[str, str], title: str, metrics: Sequence[str] = PANELS,
                 width: int = 3):
-    """Curves of several metrics side by side, those that the runs have, with one message over them; the figure.
+    """Curves of several metrics side by side, those that the runs have, one message over them and a caption under them.
 
-    runs: from `load_runs`. labels: as in `plot_curves`, at most four."""
+    runs: from `load_runs`. labels: as in `plot_curves`, at most four. A panel of which the caption does not hold has its
+    own. Returns the figure."""
     runs = runs[runs.variant.isin(list(labels))]
     there = [m for m in metrics if m in runs and runs[m].notna().any()]
     rows = math.ceil(len(there) / width)
     fig, axes = plt.subplots(rows, width, figsize=(4.3 * width, 3.1 * rows), layout="constrained", squeeze=False)
-    for ax, metric in zip(axes.flat, there):
-        plot_curves(runs, metric, ax=ax, labels=labels)
+    captions = [describe(runs, metric) for metric in there]
+    longest = max(captions, key=len)
+    for ax, metric, caption in zip(axes.flat, there, captions):
+        plot_curves(runs, metric, ax=ax, labels=labels, caption="" if longest.startswith(caption) else caption)
     for ax in axes.flat[len(there):]:
         ax.set_visible(False)
     fig.suptitle(title, fontsize=11, x=0.01, ha="left")
+    fig.supxlabel(longest, fontsize=8, color="0.35", x=0.01, ha="left")
     return fig
 
 # %% ../nbs/E5_plots.ipynb #c7cee588
