@@ -159,7 +159,8 @@ def band(runs: pd.DataFrame, metric: str, x: str = "step", points: int = 60) -> 
     """Mean and half width of `metric` over seeds, indexed by `x` ("step", "samples" or "wall_s"); `n`: seeds there.
 
     Steps are used as they are, and so are other values of x that the seeds share (on the length that they have in
-    common); otherwise `points` values from the latest start to the latest end, each curve interpolated within its own range.
+    common); otherwise `points` values from the latest start to the latest end, each curve interpolated within its
+    own range.
     Raises ValueError if no run has this metric, naming those that there are.
     """
     if metric not in runs or runs[metric].notna().sum() == 0:
