@@ -19,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
+from matplotlib.patheffects import withStroke
 from scipy.stats import t as student_t, ttest_ind
 
 from .data import DataMissing
@@ -245,7 +246,8 @@ def label_ends(ax, lines: list, labels: list[str]) -> None:
     shift = min(shift, places[0] - 4)  # and above the axis
     for k, place in zip(order, places):
         ax.annotate(labels[k], ends[k], (4, place - shift - at[k]), textcoords="offset points", fontsize=8,
-                    color=lines[k].get_color(), va="center", annotation_clip=False)
+                    color=lines[k].get_color(), va="center", annotation_clip=False,
+                    path_effects=[withStroke(linewidth=2, foreground="white")])
 
 # %% ../nbs/E5_plots.ipynb #aa586770
 def draw_band(ax, full: pd.DataFrame, rest: pd.DataFrame, limits: tuple):
