@@ -294,8 +294,8 @@ def plot_panels(runs: pd.DataFrame, labels: dict[str, str], title: str, metrics:
                 width: int = 3):
     """Curves of several metrics side by side, those that the runs have, one message over them and a caption under them.
 
-    runs: from `load_runs`. labels: as in `plot_curves`, at most four. A panel of which the caption does not hold has its
-    own. Returns the figure."""
+    runs: from `load_runs`. labels: as in `plot_curves`, at most four. A panel of which the caption does not hold
+    has its own. Returns the figure."""
     runs = runs[runs.variant.isin(list(labels))]
     there = [m for m in metrics if m in runs and runs[m].notna().any()]
     rows = math.ceil(len(there) / width)
