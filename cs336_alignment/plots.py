@@ -436,8 +436,8 @@ def legend_html() -> str:
     """The colour scale in words and boxes, and what can be done with the page."""
     boxes = "".join(f'<span style="background-color:{entropy_colour(h)};color:#000">&nbsp;{h:g}&nbsp;</span>'
                     for h in (0, 0.5, 1, 1.5, 2))
-    return ("<div><i>Click a line to fold or unfold a group or a response; rest on a coloured token to read its entropy. "
-            "This works without running or trusting the notebook.</i><br>"
+    return ("<div><i>Click a line to fold or unfold a group or a response; rest on a coloured token to read its "
+            "entropy. This works without running or trusting the notebook.</i><br>"
             f"entropy of the next-token distribution (nats): {boxes} and more</div>")
 
 # %% ../nbs/E5_plots.ipynb #c472c8bd
