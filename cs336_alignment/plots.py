@@ -7,8 +7,8 @@ __all__ = ['X_LABELS', 'WORDS', 'PANELS', 'SHARED', 'FULL_COLOUR', 'SURE', 'OUTC
            'difference', 'differences', 'paired_difference', 'paired', 'gains', 'show_gains', 'verdict', 'paired_table',
            'band', 'is_share', 'axis_label', 'describe', 'evaluated', 'put_title', 'label_ends', 'draw_band',
            'plot_curves', 'plot_panels', 'made_by', 'results_table', 'markdown_table', 'plot_dots', 'describe_table',
-           'outcome', 'entropy_colour', 'colour_tokens', 'question_of', 'rollout_html', 'legend_html', 'rollouts_html',
-           'show_rollouts']
+           'outcome', 'entropy_colour', 'colour_tokens', 'question_of', 'beginning', 'rollout_html', 'legend_html',
+           'rollouts_html', 'show_rollouts']
 
 # %% ../nbs/E5_plots.ipynb #4b199b61
 import math
@@ -419,13 +419,19 @@ def question_of(record: dict) -> str:
     """The question alone, without the template around it."""
     return record.get("question") or record["prompt"].split("User: ")[-1].split("\nAssistant:")[0]
 
+
+def beginning(text: str, length: int) -> str:
+    """At most `length` characters of a text, the last "…" if there are more."""
+    return text if len(text) <= length else text[:length - 1] + "…"
+
 # %% ../nbs/E5_plots.ipynb #b9c1e8e3
-def rollout_html(record: dict, unfolded: bool = False) -> str:
-    """One rollout to unfold: a line of numbers; then prompt, response and ground truth."""
+def rollout_html(record: dict, unfolded: bool = False, asked: bool = True) -> str:
+    """One rollout to unfold: a line of numbers, the question too if `asked`; then prompt, response, ground truth."""
     entropy = record.get("token_entropy", math.nan)
     known = isinstance(entropy, float) and not math.isnan(entropy)  # in a file, NaN is the string "NaN"
     facts = [f"step {record['step']}" if "step" in record else "", OUTCOMES[outcome(record)],
-             f"{record['n_tokens']} tokens", f"{entropy:.2f} nats a token" if known else "", question_of(record)[:80]]
+             f"{record['n_tokens']} tokens", f"{entropy:.2f} nats a token" if known else "",
+             beginning(question_of(record), 80) if asked else ""]
     rewards = ", ".join(f"{k} {record[k]:g}" for k in ("format_reward", "answer_reward", "reward"))
     return (f'<details{" open" * unfolded}><summary>{escape(" · ".join(f for f in facts if f))}</summary>'
             f'<b>prompt</b>{PRE}{escape(record["prompt"])}</pre><b>response</b>{PRE}{colour_tokens(record)}</pre>'
@@ -450,8 +456,8 @@ def rollouts_html(records: list[dict], by: str = "outcome") -> str:
     parts = []
     for value, group in groupby(sorted(records, key=key), key):
         group = list(group)
-        name = list(OUTCOMES.values())[value] if by == "outcome" else value[:100]
-        inside = "".join(rollout_html(r, unfolded=not parts and k == 0) for k, r in enumerate(group))
+        name = list(OUTCOMES.values())[value] if by == "outcome" else beginning(value, 100)
+        inside = "".join(rollout_html(r, not parts and k == 0, by == "outcome") for k, r in enumerate(group))
         parts.append(f'<details open><summary><b>{escape(name)}</b> ({len(group)} of {len(records)})</summary>'
                      f'<div style="margin-left:16px">{inside}</div></details>')
     return f'<div class="tex2jax_ignore mathjax_ignore">{legend_html()}{"".join(parts)}</div>'
