@@ -1,6 +1,7 @@
 """The order of the house: how notebooks are stored, where their links lead, what the tree holds. Runs no notebook."""
 import ast
-import importlib
+import importlib.machinery
+import importlib.util
 import json
 import re
 import runpy
@@ -75,9 +76,13 @@ def anchors(path: Path) -> set[str]:
 
 
 def links(path: Path) -> list[tuple[str, str]]:
-    """(label, target) of every Markdown link to a file or a heading."""
-    texts = [path.read_text("utf-8")] if path.suffix == ".md" else [t for _, kind, t in shown(path) if kind in ("markdown", "text/markdown")]
-    found = [m for t in texts for m in re.findall(r"(?<!!)\[([^]\n]*)\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`(?!\])", "", t))]
+    """(label, target) of every link to a file or a heading, and of every image: in Markdown, and in HTML that stands in it or in an output."""
+    texts = [path.read_text("utf-8")] if path.suffix == ".md" else [
+        t for _, kind, t in shown(path) if kind in ("markdown", "text/markdown", "text/html")]
+    texts = [re.sub(r"`[^`\n]*`(?!\])", "", re.sub(r"^```.*?^```", "", t, flags=re.M | re.S)) for t in texts]
+    found = [m for t in texts for m in re.findall(r"\[([^]\n]*)\]\(([^)\s]+)(?: \"[^\"]*\")?\)", t)]
+    found += [m for t in texts for m in re.findall(r"^ {0,3}\[([^]\n]+)\]: *(\S+)", t, re.M)]
+    found += [m for t in texts for m in re.findall(r"<(a|img)\b[^>]*?\b(?:href|src)=[\"']([^\"']*)", t)]
     return [(label, target) for label, target in found if not re.match(r"[a-z]+:", target)]
 
 
@@ -320,6 +325,10 @@ DISORDER = {
     "a long heading": (test_headings_make_a_table_of_contents, [markdown("# Here\n## " + "h" * 71)], None),
     "a dead file": (test_no_dead_link, [markdown("[x](13_nothing.ipynb)")], None),
     "a dead heading": (test_no_dead_link, [markdown("# Here\n[x](00_planted.ipynb#There)")], None),
+    "a dead heading in the same notebook": (test_no_dead_link, [markdown("# Here\n[x](#There)")], None),
+    "a link that is named below": (test_no_dead_link, [markdown("[x][y]\n\n[y]: no.md")], None),
+    "an image that is not there": (test_no_dead_link, [markdown("![x](no.png)")], None),
+    "a dead link in HTML": (test_no_dead_link, [code("1", {"output_type": "execute_result", "data": {"text/html": "<a class='x' href='no.md'>x</a>"}})], None),
     "a dead link in an output": (test_no_dead_link, [code("1", {"output_type": "execute_result", "data": {"text/markdown": "[x](no.md)"}})], None),
 }
 
@@ -332,8 +341,38 @@ def test_disorder_is_seen(disorder, tmp_path):
 
 
 def test_order_is_not_disorder(tmp_path):
-    path = plant(tmp_path, markdown("# Here we are\n## `f` *and* more\n```\n# no heading\n```\n### Deeper\n## Up\n[a](#Here-we-are) [b](00_planted.ipynb#f-and-more) [c](https://x.y)"),
+    path = plant(tmp_path, markdown("# Here we are\n## `f` *and* more\n```\n# no heading\n[x](no.md)\n```\n### Deeper\n## Up\n"
+                                    "[a](#Here-we-are) [b](00_planted.ipynb#f-and-more) [c](https://x.y) [d](#Here-we-are)\n`f[0](no)`"),
                  code("x" * 120, said("100% of 20", "stdout"), said("b", "stderr")))
     for check in (test_opens_without_a_question, test_stored_outputs, test_cells_fit_on_a_screen, test_says_only_what_a_reader_can_follow,
                   test_no_dead_link, test_headings_make_a_table_of_contents):
         check(path)
+
+
+@pytest.fixture(scope="session")
+def build():
+    loader = importlib.machinery.SourceFileLoader("build_site", str(ROOT / "docs" / "build"))
+    loader.exec_module(module := importlib.util.module_from_spec(importlib.util.spec_from_loader("build_site", loader)))
+    return module
+
+
+@pytest.mark.parametrize("html, wrong", [
+    ('<a href="no.html">', "no such file"), ('<a href="b.html#no">', "no such heading"), ('<a href="#no">', "no such heading"),
+    ('<img src="no.png">', "no such file"), ('<img src="https://example.org/x.png">', "fetched from elsewhere"),
+    ('<script src="//cdn.example.org/x.js">', "fetched from elsewhere"), ('<link rel="stylesheet" href="https://example.org/x.css">', "fetched from elsewhere"),
+    ('<a href="https://nowhere/x">', "no address"), ('<a href="htp://example.org/x">', "no address")])
+def test_site_with_a_fault(build, tmp_path, html, wrong):
+    (tmp_path / "a.html").write_text(html)
+    (tmp_path / "b.html").write_text('<h1 id="here">')
+    fault, = build.faults(tmp_path)
+    assert fault.startswith("a.html: ") and fault.endswith(wrong)
+
+
+def test_site_without_a_fault(build, tmp_path):
+    (tmp_path / "a b.html").write_text('<a href="sub/b.html#Caf%C3%A9"><a href="https://example.org/x#y"><a href="#"><img src="data:image/png;base64,AA">')
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.html").write_text('<h1 id="Café"><a href="../a%20b.html">')
+    (tmp_path / "site.css").write_text("a {background: url(data:x)} @font-face {src: url('x.ttf')}")
+    assert not build.faults(tmp_path)
+    (tmp_path / "site.css").write_text("@import 'https://example.org/x.css'; a {background: url(//example.org/x.png)}")
+    assert len(build.faults(tmp_path)) == 2
