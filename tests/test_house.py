@@ -4,10 +4,12 @@ import importlib.machinery
 import importlib.util
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
@@ -53,11 +55,21 @@ def shown(path: Path) -> list[tuple[int, str, str]]:
     return found
 
 
+def prose(path: Path) -> str:
+    """All Markdown of a file or a notebook, without blocks of code."""
+    source = path.read_text("utf-8") if path.suffix == ".md" else "\n\n".join(text(c["source"]) for _, c in cells(path, "markdown"))
+    return re.sub(r"^```.*?^```", "", source, flags=re.M | re.S)
+
+
+def headings(path: Path) -> list[tuple[int, str]]:
+    """(level, text) of every heading, as a reader sees it."""
+    found = re.findall(r"^(#{1,6}) +(.+)$", prose(path), re.M)
+    return [(len(level), re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", h).strip()) for level, h in found]
+
+
 def anchors(path: Path) -> set[str]:
     """Ids of headings: JupyterLab's (the heading's text, blanks as dashes) in a notebook, GitHub's in a Markdown file."""
-    source = path.read_text("utf-8") if path.suffix == ".md" else "\n\n".join(text(c["source"]) for _, c in cells(path, "markdown"))
-    source = re.sub(r"^```.*?^```", "", source, flags=re.M | re.S)
-    found = [re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", h).strip() for h in re.findall(r"^#{1,6} +(.+)$", source, re.M)]
+    found = [heading for _, heading in headings(path)]
     if path.suffix == ".md":
         return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in found}
     return {h.replace(" ", "-") for h in found}
@@ -129,16 +141,76 @@ def test_no_dead_link(path):
     assert not dead(path)
 
 
+tops = SimpleNamespace(**runpy.run_path(str(ROOT / ".ci" / "tops")))
+
+
+@each(NOTEBOOKS[:-1])
+def test_top_is_the_one_of_the_course_map(path):
+    (_, _), (_, cell), *_ = cells(path)
+    made = tops.top(path.stem, path.parent)
+    assert (cell["id"], text(cell["source"])) == (made["id"], made["source"]), "run .ci/tops"
+    assert len(made["source"].encode()) <= 3000
+
+
+def test_stale_tops_are_seen(tmp_path):
+    folder = tmp_path / "nbs"
+    shutil.copytree(ROOT / "nbs", folder)
+
+    def change(name, old, new):
+        path = folder / f"{name}.ipynb"
+        before = path.read_text("utf-8")
+        assert old in before
+        path.write_text(before.replace(old, new), "utf-8")
+
+    change("11_grpo_helpers", "# 11 · GRPO helpers", "# 11 · Helpers")
+    change("00_course_map", '(\\"E8_speed\\", ', '(\\"E9_speed\\", ')
+    (folder / "E8_speed.ipynb").rename(folder / "E9_speed.ipynb")
+    for name in ("12_grpo", "E9_speed", "E7_loop_in_earnest"):
+        with pytest.raises(AssertionError, match="run .ci/tops"):
+            test_top_is_the_one_of_the_course_map(folder / f"{name}.ipynb")
+        assert tops.write(name, folder) and not tops.write(name, folder)
+        test_top_is_the_one_of_the_course_map(folder / f"{name}.ipynb")
+
+
+def problem_rows() -> list[list[str]]:
+    """[problems, place, status] of every row of the map's table."""
+    table, = [t for _, kind, t in shown(ROOT / "nbs" / "00_course_map.ipynb") if kind == "text/markdown" and t.startswith("| problem |")]
+    return [row.split("|")[1:-1] for row in table.splitlines()[2:]]
+
+
 def test_map_names_every_problem():
-    path = ROOT / "nbs" / "00_course_map.ipynb"
-    table, = [t for _, kind, t in shown(path) if kind == "text/markdown" and t.startswith("| problem |")]
-    rows = [row.split("|")[1:-1] for row in table.splitlines()[2:]]
+    path, rows = ROOT / "nbs" / "00_course_map.ipynb", problem_rows()
     named = [name for problems, *_ in rows for name in re.findall(r"`(\w+)`", problems)]
     assert sorted(named) == sorted(HANDOUT)
     for problems, place, status in rows:  # done and measured have a place, and what has none says so
         assert "](" in place or status.strip().startswith("not yet"), problems
     notebooks = {target.partition("#")[0] for _, target in links(path)}
     assert {p.name for p in NOTEBOOKS[:-1] if p.name[0].isdigit()} - {path.name} <= notebooks
+
+
+@each(NOTEBOOKS)
+def test_headings_make_a_table_of_contents(path):
+    (first, title), *rest = headings(path)
+    assert first == 1 and text(cells(path)[0][1]["source"]).startswith(f"# {title}"), "begin with a title"
+    levels, names = [first, *(level for level, _ in rest)], [title, *(name for _, name in rest)]
+    assert levels.count(1) == 1, "one title"
+    assert all(b - a <= 1 for a, b in zip(levels, levels[1:])), "a level is skipped"
+    assert len(set(names)) == len(names), "a heading repeats"
+    assert not [name for name in names if len(name) > 70]
+
+
+def unlinked(answer: str, problems: list[str]) -> list[str]:
+    """What the text under a heading that answers problems of the handout lacks."""
+    return [name for name in problems if f"`{name}`" not in answer] + ([] if tops.HANDOUT in answer else ["a link to the handout"])
+
+
+@pytest.mark.parametrize("problems, place, _", problem_rows(), ids=lambda cell: "".join(re.findall(r"`(\w+)`", cell)[:1]))
+def test_every_answer_names_its_problem_and_links_the_handout(problems, place, _):
+    file, anchor = re.search(r"\((\w+\.ipynb)#([^)]*)\)", place).groups()
+    parts = re.split(r"^#+ +(.+)$", prose(ROOT / "nbs" / file), flags=re.M)
+    answer, = [h + below for h, below in zip(parts[1::2], parts[2::2]) if re.sub(r"[`*]", "", h).strip().replace(" ", "-") == anchor]
+    assert not unlinked(answer, re.findall(r"`(\w+)`", problems))
+    assert unlinked(answer.replace(tops.HANDOUT, ""), ["nothing"]) == ["nothing", "a link to the handout"]
 
 
 def test_public_names_have_one_meaning():
@@ -246,6 +318,11 @@ DISORDER = {
     "a long cell": (test_cells_fit_on_a_screen, [code("x\n" * 29)], None),
     "an idiom": (test_says_only_what_a_reader_can_follow, [markdown("cannot be told from zero")], None),
     "a machine's path": (test_says_only_what_a_reader_can_follow, [code("1", said("saved to /tmp/tmpab12/x"))], None),
+    "no title": (test_headings_make_a_table_of_contents, [markdown("## Here")], None),
+    "two titles": (test_headings_make_a_table_of_contents, [markdown("# Here\n# There")], None),
+    "a level skipped": (test_headings_make_a_table_of_contents, [markdown("# Here\n### There")], None),
+    "a heading twice": (test_headings_make_a_table_of_contents, [markdown("# Here\n## There\n## There")], None),
+    "a long heading": (test_headings_make_a_table_of_contents, [markdown("# Here\n## " + "h" * 71)], None),
     "a dead file": (test_no_dead_link, [markdown("[x](13_nothing.ipynb)")], None),
     "a dead heading": (test_no_dead_link, [markdown("# Here\n[x](00_planted.ipynb#There)")], None),
     "a dead heading in the same notebook": (test_no_dead_link, [markdown("# Here\n[x](#There)")], None),
@@ -264,11 +341,11 @@ def test_disorder_is_seen(disorder, tmp_path):
 
 
 def test_order_is_not_disorder(tmp_path):
-    path = plant(tmp_path, markdown("# Here we are\n## `f` *and* more\n[a](#Here-we-are) [b](00_planted.ipynb#f-and-more) [c](https://x.y) [d](#Here-we-are)\n"
-                                   "`f[0](no)`\n```\n[x](no.md)\n```"),
+    path = plant(tmp_path, markdown("# Here we are\n## `f` *and* more\n```\n# no heading\n[x](no.md)\n```\n### Deeper\n## Up\n"
+                                    "[a](#Here-we-are) [b](00_planted.ipynb#f-and-more) [c](https://x.y) [d](#Here-we-are)\n`f[0](no)`"),
                  code("x" * 120, said("100% of 20", "stdout"), said("b", "stderr")))
     for check in (test_opens_without_a_question, test_stored_outputs, test_cells_fit_on_a_screen, test_says_only_what_a_reader_can_follow,
-                  test_no_dead_link):
+                  test_no_dead_link, test_headings_make_a_table_of_contents):
         check(path)
 
 
