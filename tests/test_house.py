@@ -282,8 +282,8 @@ def typer_options(module) -> list[list[str]]:
 def test_tree_is_small():
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout  # nothing in a copy without git
     files = [ROOT / name for name in tracked.split("\0") if name and (ROOT / name).is_file()]
-    assert len(files) <= 200
-    assert sum(file.stat().st_size for file in files) <= 15e6
+    assert len(files) <= 240
+    assert sum(file.stat().st_size for file in files) <= 16e6
 
 
 # The checks above can fail: each kind of disorder, made on purpose.
