@@ -151,12 +151,12 @@ def micro_preferences(n: int, seed: int = 0, split: str = "train") -> list[Prefe
 def preference_examples(tokenizer, pairs: Sequence[Preference]) -> list[tuple]:
     """Each pair as two examples of E3, (chosen, rejected): their common first tokens, and what follows.
 
-    Raises ValueError for an empty response, or two that are the same tokens."""
+    A pair whose responses are the same tokens prefers nothing and is left out. Raises ValueError for an empty response."""
     rows = []
     for p in pairs:
         a, b = (preference_ids(tokenizer, p.instruction, response) for response in (p.chosen, p.rejected))
         if a == b:
-            raise ValueError(f"two responses to {p.instruction[:40]!r} are the same tokens: nothing is preferred")
+            continue
         same = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)  # both end in eos: neither begins the other
         rows.append((packing.Example(a[:same], a[same:]), packing.Example(b[:same], b[same:])))
     return rows
@@ -343,7 +343,8 @@ def dpo(config: DPOConfig, engine=None, root: Path | str | None = None, force: b
     """DPO as `config` (from `dpo_config`) says; the run's summary, with the best accuracy and its step. A finished run
     is read. Arguments as of `instruct` (21); kept is the policy of the best evaluation, and its tokenizer.
 
-    Pairs that do not fit are left out and counted (`too_long`). Raises DataError, DataMissing, RunConflict.
+    Pairs that do not fit are left out and counted (`too_long`), so are those of the same tokens (`same_tokens`).
+    Raises DataError, DataMissing, RunConflict.
     """
     *pairs, files = preference_data(config)
     with open_run(config, root, force) as run:
@@ -354,7 +355,8 @@ def dpo(config: DPOConfig, engine=None, root: Path | str | None = None, force: b
         model, tokenizer = models.load_policy(config.model, dtype="float32")
         if compiled:
             packing.compile_policy(model)
-        rows, held_back = (fitting(model, preference_examples(tokenizer, p), config.pass_tokens) for p in pairs)
+        distinct = [preference_examples(tokenizer, p) for p in pairs]
+        rows, held_back = (fitting(model, some, config.pass_tokens) for some in distinct)
         if not rows or not held_back:
             raise DataError(f"no pair fits {config.pass_tokens:,} tokens a pass and the model's context")
         best = dpo_steps(run, config, model, rows, held_back, progress, checkpoint_s)
@@ -362,7 +364,8 @@ def dpo(config: DPOConfig, engine=None, root: Path | str | None = None, force: b
             model.load_state_dict(read_state(run.folder / "checkpoints" / "best.pt"))
             models.save_policy(model, tokenizer, policy_name(config))
         return finish_run(run, best=best["accuracy"], best_step=best["step"], n_train=len(rows),
-                          too_long=sum(map(len, pairs)) - len(rows) - len(held_back), files=files)
+                          too_long=sum(map(len, distinct)) - len(rows) - len(held_back), files=files,
+                          same_tokens=sum(map(len, pairs)) - sum(map(len, distinct)))
 
 # %% ../nbs/22_dpo.ipynb #97ee62b2
 def dpo_command_config(track: str, changes: dict) -> DPOConfig:

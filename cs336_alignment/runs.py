@@ -918,17 +918,18 @@ def kept_lines(lines: list[dict], many: bool = False) -> list[dict]:
 def kept_rollouts(rollouts: dict[tuple, list[dict]], many: bool = False) -> dict[tuple, list[dict]]:
     """What is published of the rollouts of a family's runs, by (variant, seed).
 
-    Of runs that were evaluated once, all; in a family of many runs, of the lowest seed of each variant. Of runs that
-    train also the lowest seed, of it `KEPT_STEPS` evaluations from the first to the last, of each the first
-    `KEPT_QUESTIONS`; of a family of many runs half as many of both.
+    Of runs that were evaluated once, all; in a family of many runs, of the lowest seed of each variant, or of the
+    policies that a variant names. Of runs that train also the lowest seed, of it `KEPT_STEPS` evaluations from the
+    first to the last, of each the first `KEPT_QUESTIONS`; of a family of many runs half as many of both.
     """
     kept, seen = {}, set()
     most_steps, most_questions = (KEPT_STEPS // 2, KEPT_QUESTIONS // 2) if many else (KEPT_STEPS, KEPT_QUESTIONS)
     for key in sorted(k for k, records in rollouts.items() if records):
         steps = sorted({r["step"] for r in rollouts[key]})
-        if (many or len(steps) > 1) and key[0] in seen:
+        kind = re.sub(r"_seed\d+\.\w{6}$", "", key[0])  # a policy of another seed is no other kind
+        if (many or len(steps) > 1) and kind in seen:
             continue
-        seen.add(key[0])
+        seen.add(kind)
         if len(steps) > most_steps:
             steps = [steps[round(k * (len(steps) - 1) / (most_steps - 1))] for k in range(most_steps)]
         most = most_questions if len(steps) > 1 else None
@@ -942,7 +943,7 @@ def write_rollouts(path: Path, rollouts: dict[tuple, list[dict]]) -> None:
     for (variant, seed), records in sorted(rollouts.items()):
         for record in records:
             line = {"variant": variant, "seed": seed, **record}
-            if (first := places.setdefault(record.get("prompt"), len(lines) + 1)) <= len(lines):
+            if "prompt" in record and (first := places.setdefault(record["prompt"], len(lines) + 1)) <= len(lines):
                 line["prompt"] = first
             lines.append(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
     write_text(path, "".join(lines))

@@ -1,12 +1,15 @@
 """The order of the house: how notebooks are stored, where their links lead, what the tree holds. Runs no notebook."""
 import ast
-import importlib
+import importlib.machinery
+import importlib.util
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
@@ -52,20 +55,34 @@ def shown(path: Path) -> list[tuple[int, str, str]]:
     return found
 
 
+def prose(path: Path) -> str:
+    """All Markdown of a file or a notebook, without blocks of code."""
+    source = path.read_text("utf-8") if path.suffix == ".md" else "\n\n".join(text(c["source"]) for _, c in cells(path, "markdown"))
+    return re.sub(r"^```.*?^```", "", source, flags=re.M | re.S)
+
+
+def headings(path: Path) -> list[tuple[int, str]]:
+    """(level, text) of every heading, as a reader sees it."""
+    found = re.findall(r"^(#{1,6}) +(.+)$", prose(path), re.M)
+    return [(len(level), re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", h).strip()) for level, h in found]
+
+
 def anchors(path: Path) -> set[str]:
     """Ids of headings: JupyterLab's (the heading's text, blanks as dashes) in a notebook, GitHub's in a Markdown file."""
-    source = path.read_text("utf-8") if path.suffix == ".md" else "\n\n".join(text(c["source"]) for _, c in cells(path, "markdown"))
-    source = re.sub(r"^```.*?^```", "", source, flags=re.M | re.S)
-    found = [re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", h).strip() for h in re.findall(r"^#{1,6} +(.+)$", source, re.M)]
+    found = [heading for _, heading in headings(path)]
     if path.suffix == ".md":
         return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in found}
     return {h.replace(" ", "-") for h in found}
 
 
 def links(path: Path) -> list[tuple[str, str]]:
-    """(label, target) of every Markdown link to a file or a heading."""
-    texts = [path.read_text("utf-8")] if path.suffix == ".md" else [t for _, kind, t in shown(path) if kind in ("markdown", "text/markdown")]
-    found = [m for t in texts for m in re.findall(r"(?<!!)\[([^]\n]*)\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`(?!\])", "", t))]
+    """(label, target) of every link to a file or a heading, and of every image: in Markdown, and in HTML that stands in it or in an output."""
+    texts = [path.read_text("utf-8")] if path.suffix == ".md" else [
+        t for _, kind, t in shown(path) if kind in ("markdown", "text/markdown", "text/html")]
+    texts = [re.sub(r"`[^`\n]*`(?!\])", "", re.sub(r"^```.*?^```", "", t, flags=re.M | re.S)) for t in texts]
+    found = [m for t in texts for m in re.findall(r"\[([^]\n]*)\]\(([^)\s]+)(?: \"[^\"]*\")?\)", t)]
+    found += [m for t in texts for m in re.findall(r"^ {0,3}\[([^]\n]+)\]: *(\S+)", t, re.M)]
+    found += [m for t in texts for m in re.findall(r"<(a|img)\b[^>]*?\b(?:href|src)=[\"']([^\"']*)", t)]
     return [(label, target) for label, target in found if not re.match(r"[a-z]+:", target)]
 
 
@@ -124,16 +141,76 @@ def test_no_dead_link(path):
     assert not dead(path)
 
 
+tops = SimpleNamespace(**runpy.run_path(str(ROOT / ".ci" / "tops")))
+
+
+@each(NOTEBOOKS[:-1])
+def test_top_is_the_one_of_the_course_map(path):
+    (_, _), (_, cell), *_ = cells(path)
+    made = tops.top(path.stem, path.parent)
+    assert (cell["id"], text(cell["source"])) == (made["id"], made["source"]), "run .ci/tops"
+    assert len(made["source"].encode()) <= 3000
+
+
+def test_stale_tops_are_seen(tmp_path):
+    folder = tmp_path / "nbs"
+    shutil.copytree(ROOT / "nbs", folder)
+
+    def change(name, old, new):
+        path = folder / f"{name}.ipynb"
+        before = path.read_text("utf-8")
+        assert old in before
+        path.write_text(before.replace(old, new), "utf-8")
+
+    change("11_grpo_helpers", "# 11 · GRPO helpers", "# 11 · Helpers")
+    change("00_course_map", '(\\"E8_speed\\", ', '(\\"E9_speed\\", ')
+    (folder / "E8_speed.ipynb").rename(folder / "E9_speed.ipynb")
+    for name in ("12_grpo", "E9_speed", "E7_loop_in_earnest"):
+        with pytest.raises(AssertionError, match="run .ci/tops"):
+            test_top_is_the_one_of_the_course_map(folder / f"{name}.ipynb")
+        assert tops.write(name, folder) and not tops.write(name, folder)
+        test_top_is_the_one_of_the_course_map(folder / f"{name}.ipynb")
+
+
+def problem_rows() -> list[list[str]]:
+    """[problems, place, status] of every row of the map's table."""
+    table, = [t for _, kind, t in shown(ROOT / "nbs" / "00_course_map.ipynb") if kind == "text/markdown" and t.startswith("| problem |")]
+    return [row.split("|")[1:-1] for row in table.splitlines()[2:]]
+
+
 def test_map_names_every_problem():
-    path = ROOT / "nbs" / "00_course_map.ipynb"
-    table, = [t for _, kind, t in shown(path) if kind == "text/markdown" and t.startswith("| problem |")]
-    rows = [row.split("|")[1:-1] for row in table.splitlines()[2:]]
+    path, rows = ROOT / "nbs" / "00_course_map.ipynb", problem_rows()
     named = [name for problems, *_ in rows for name in re.findall(r"`(\w+)`", problems)]
     assert sorted(named) == sorted(HANDOUT)
     for problems, place, status in rows:  # done and measured have a place, and what has none says so
         assert "](" in place or status.strip().startswith("not yet"), problems
     notebooks = {target.partition("#")[0] for _, target in links(path)}
     assert {p.name for p in NOTEBOOKS[:-1] if p.name[0].isdigit()} - {path.name} <= notebooks
+
+
+@each(NOTEBOOKS)
+def test_headings_make_a_table_of_contents(path):
+    (first, title), *rest = headings(path)
+    assert first == 1 and text(cells(path)[0][1]["source"]).startswith(f"# {title}"), "begin with a title"
+    levels, names = [first, *(level for level, _ in rest)], [title, *(name for _, name in rest)]
+    assert levels.count(1) == 1, "one title"
+    assert all(b - a <= 1 for a, b in zip(levels, levels[1:])), "a level is skipped"
+    assert len(set(names)) == len(names), "a heading repeats"
+    assert not [name for name in names if len(name) > 70]
+
+
+def unlinked(answer: str, problems: list[str]) -> list[str]:
+    """What the text under a heading that answers problems of the handout lacks."""
+    return [name for name in problems if f"`{name}`" not in answer] + ([] if tops.HANDOUT in answer else ["a link to the handout"])
+
+
+@pytest.mark.parametrize("problems, place, _", problem_rows(), ids=lambda cell: "".join(re.findall(r"`(\w+)`", cell)[:1]))
+def test_every_answer_names_its_problem_and_links_the_handout(problems, place, _):
+    file, anchor = re.search(r"\((\w+\.ipynb)#([^)]*)\)", place).groups()
+    parts = re.split(r"^#+ +(.+)$", prose(ROOT / "nbs" / file), flags=re.M)
+    answer, = [h + below for h, below in zip(parts[1::2], parts[2::2]) if re.sub(r"[`*]", "", h).strip().replace(" ", "-") == anchor]
+    assert not unlinked(answer, re.findall(r"`(\w+)`", problems))
+    assert unlinked(answer.replace(tops.HANDOUT, ""), ["nothing"]) == ["nothing", "a link to the handout"]
 
 
 def test_public_names_have_one_meaning():
@@ -241,8 +318,17 @@ DISORDER = {
     "a long cell": (test_cells_fit_on_a_screen, [code("x\n" * 29)], None),
     "an idiom": (test_says_only_what_a_reader_can_follow, [markdown("cannot be told from zero")], None),
     "a machine's path": (test_says_only_what_a_reader_can_follow, [code("1", said("saved to /tmp/tmpab12/x"))], None),
+    "no title": (test_headings_make_a_table_of_contents, [markdown("## Here")], None),
+    "two titles": (test_headings_make_a_table_of_contents, [markdown("# Here\n# There")], None),
+    "a level skipped": (test_headings_make_a_table_of_contents, [markdown("# Here\n### There")], None),
+    "a heading twice": (test_headings_make_a_table_of_contents, [markdown("# Here\n## There\n## There")], None),
+    "a long heading": (test_headings_make_a_table_of_contents, [markdown("# Here\n## " + "h" * 71)], None),
     "a dead file": (test_no_dead_link, [markdown("[x](13_nothing.ipynb)")], None),
     "a dead heading": (test_no_dead_link, [markdown("# Here\n[x](00_planted.ipynb#There)")], None),
+    "a dead heading in the same notebook": (test_no_dead_link, [markdown("# Here\n[x](#There)")], None),
+    "a link that is named below": (test_no_dead_link, [markdown("[x][y]\n\n[y]: no.md")], None),
+    "an image that is not there": (test_no_dead_link, [markdown("![x](no.png)")], None),
+    "a dead link in HTML": (test_no_dead_link, [code("1", {"output_type": "execute_result", "data": {"text/html": "<a class='x' href='no.md'>x</a>"}})], None),
     "a dead link in an output": (test_no_dead_link, [code("1", {"output_type": "execute_result", "data": {"text/markdown": "[x](no.md)"}})], None),
 }
 
@@ -255,8 +341,38 @@ def test_disorder_is_seen(disorder, tmp_path):
 
 
 def test_order_is_not_disorder(tmp_path):
-    path = plant(tmp_path, markdown("# Here we are\n## `f` *and* more\n[a](#Here-we-are) [b](00_planted.ipynb#f-and-more) [c](https://x.y)"),
+    path = plant(tmp_path, markdown("# Here we are\n## `f` *and* more\n```\n# no heading\n[x](no.md)\n```\n### Deeper\n## Up\n"
+                                    "[a](#Here-we-are) [b](00_planted.ipynb#f-and-more) [c](https://x.y) [d](#Here-we-are)\n`f[0](no)`"),
                  code("x" * 120, said("100% of 20", "stdout"), said("b", "stderr")))
     for check in (test_opens_without_a_question, test_stored_outputs, test_cells_fit_on_a_screen, test_says_only_what_a_reader_can_follow,
-                  test_no_dead_link):
+                  test_no_dead_link, test_headings_make_a_table_of_contents):
         check(path)
+
+
+@pytest.fixture(scope="session")
+def build():
+    loader = importlib.machinery.SourceFileLoader("build_site", str(ROOT / "docs" / "build"))
+    loader.exec_module(module := importlib.util.module_from_spec(importlib.util.spec_from_loader("build_site", loader)))
+    return module
+
+
+@pytest.mark.parametrize("html, wrong", [
+    ('<a href="no.html">', "no such file"), ('<a href="b.html#no">', "no such heading"), ('<a href="#no">', "no such heading"),
+    ('<img src="no.png">', "no such file"), ('<img src="https://example.org/x.png">', "fetched from elsewhere"),
+    ('<script src="//cdn.example.org/x.js">', "fetched from elsewhere"), ('<link rel="stylesheet" href="https://example.org/x.css">', "fetched from elsewhere"),
+    ('<a href="https://nowhere/x">', "no address"), ('<a href="htp://example.org/x">', "no address")])
+def test_site_with_a_fault(build, tmp_path, html, wrong):
+    (tmp_path / "a.html").write_text(html)
+    (tmp_path / "b.html").write_text('<h1 id="here">')
+    fault, = build.faults(tmp_path)
+    assert fault.startswith("a.html: ") and fault.endswith(wrong)
+
+
+def test_site_without_a_fault(build, tmp_path):
+    (tmp_path / "a b.html").write_text('<a href="sub/b.html#Caf%C3%A9"><a href="https://example.org/x#y"><a href="#"><img src="data:image/png;base64,AA">')
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.html").write_text('<h1 id="Café"><a href="../a%20b.html">')
+    (tmp_path / "site.css").write_text("a {background: url(data:x)} @font-face {src: url('x.ttf')}")
+    assert not build.faults(tmp_path)
+    (tmp_path / "site.css").write_text("@import 'https://example.org/x.css'; a {background: url(//example.org/x.png)}")
+    assert len(build.faults(tmp_path)) == 2

@@ -124,6 +124,19 @@ def test_rollouts_of_runs_evaluated_once_are_all_kept(tmp_path):
     assert [(r["seed"], r["prompt"]) for r in load_rollouts(out)] == [(seed, q) for seed in range(2) for q in QUESTIONS]
 
 
+def test_of_many_runs_evaluated_once_one_policy_of_a_kind_keeps_its_rollouts(tmp_path):
+    """Also rollouts whose prompt is not published (None of them must be taken for that of another)."""
+    names = [f"quiz-model{k}_seed{seed}.0a1b{seed}c" for k in range(4) for seed in range(4)]
+    for name in names:
+        folder = make_run(tmp_path / "runs", name, steps=0)
+        lines = (folder / "rollouts.jsonl").read_text().splitlines()
+        (folder / "rollouts.jsonl").write_text("".join(line.replace('"prompt": ', '"hint": ') + "\n" for line in lines[:2]) + lines[2] + "\n")
+    published = publish("made_toy", tmp_path / "runs" / "made_toy", tmp_path / "results" / "made_toy")
+    rollouts = load_rollouts(published)
+    assert sorted({r["variant"] for r in rollouts}) == names[::4]
+    assert [("prompt" in r, "hint" in r) for r in rollouts[:3]] == [(False, True), (False, True), (True, False)]
+
+
 def test_a_run_replaces_its_published_one_and_no_other(family, tmp_path):
     out = publish("made_toy", family, tmp_path / "made_toy")
     before = run_table(out)

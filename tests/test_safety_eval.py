@@ -359,6 +359,18 @@ def test_a_suite_runs_each_model_once_and_continues(place, fixed):
     assert len(list((place / "runs").glob("safety_eval_pocket/*/summary.json"))) == 12
 
 
+def test_finished_runs_are_judged_and_read_where_their_model_is_not(place, fixed, monkeypatch):
+    from cs336_alignment import models
+    for benchmark in ("sst", "mmlu"):
+        assert call("run", "--benchmark", benchmark, "--model", "gone", "--root", place / "runs")[0] == 0
+    monkeypatch.setattr(models, "model_dir", lambda name: (_ for _ in ()).throw(ValueError(f"no model {name!r}")))
+    with Server(lambda text, calls: (200, "Verdict: unsafe")) as server:
+        judge = ["judge", "--benchmark", "sst", "--model", "gone", "--known", 3, "--root", place / "runs", "--judge", "m"]
+        assert call(*judge, "--url", server.url)[0] == 0
+    assert call("wrong", "--benchmark", "mmlu", "--model", "gone", "--root", place / "runs")[0] == 0
+    assert "no model 'm'" in call(*judge, "--force")[1]  # a judge that is to be loaded must be here
+
+
 def test_data_that_is_not_there_says_three_ways(place, monkeypatch):
     monkeypatch.setenv("CS336_DATA", str(place / "nothing"))
     with pytest.raises(DataMissing, match="data get mmlu(.|\n)*CS336_DATA(.|\n)*--data"):
@@ -372,5 +384,6 @@ def test_a_response_longer_than_the_context_is_refused_before_anything_starts(pl
     monkeypatch.setattr(safety_eval, "check_length", CHECK_LENGTH)
     monkeypatch.setattr(inference, "AutoConfig", SimpleNamespace(from_pretrained=lambda _: SimpleNamespace(max_position_embeddings=8192)))
     monkeypatch.setattr(inference, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda _: lambda text: SimpleNamespace(input_ids=text.split())))
-    code, said = call("run", "--benchmark", "mmlu", "--root", place / "runs", "--max-tokens", 100000)
-    assert code == 2 and "--max-tokens 100000 does not fit" in said and "8192" in said and not (place / "runs").exists() and not Fixed.made
+    for dry in ([], ["--dry-run"]):
+        code, said = call("run", "--benchmark", "mmlu", "--root", place / "runs", "--max-tokens", 100000, *dry)
+        assert code == 2 and "--max-tokens 100000 does not fit" in said and "8192" in said and not (place / "runs").exists() and not Fixed.made

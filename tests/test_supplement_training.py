@@ -121,6 +121,31 @@ TUNE = tuning_config("micro", n_train=30, n_val=8, eval_every=2, seq_length=128,
 PREFER = dpo_config("micro", model="micro", n_train=48, n_val=8, batch_size=8, eval_every=1, pass_tokens=2048)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_reference_may_be_on_another_gpu():
+    policy, reference = micro_model()[0].to("cuda:0").eval(), micro_model()[0].eval()
+    losses, gradients = [], []
+    for device in ("cuda:0", "cuda:1"):
+        policy.zero_grad()
+        loss = run_compute_per_instance_dpo_loss(policy, reference.to(device), character_tokenizer(), 0.1, "1+1=?", "2", "3")
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    assert losses[0] == losses[1] and torch.equal(*gradients)
+
+
+def test_pairs_of_the_same_tokens_are_left_out_and_counted(tmp_path, monkeypatch):
+    """The character tokenizer has no token for some characters: texts that differ may be the same tokens."""
+    from cs336_alignment import dpo as module
+    monkeypatch.setenv("CS336_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(model_dir("micro"), tmp_path / "micro")
+    usual = module.preference_data(PREFER)
+    same = Preference("1+1=?", "2", "2", "made")
+    monkeypatch.setattr(module, "preference_data", lambda config: (usual[0][:16] + [same], usual[1], {}))
+    summary = dpo(replace(PREFER, model=str(tmp_path / "micro")), None, tmp_path / "runs", progress=False)
+    assert (summary["same_tokens"], summary["n_train"], summary["too_long"]) == (1, 16, 0)
+
+
 def left(folder):
     """What a run leaves that must not depend on interruptions."""
     lines = [without_clock(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
