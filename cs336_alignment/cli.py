@@ -17,6 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .distributed import rank, speaks
+
 # %% ../nbs/E10_commands.ipynb #42acfd1e
 TrackName = Annotated[str, typer.Option(help="micro | pocket | course: model, data and prompt that go together")]
 Force = Annotated[bool, typer.Option(help="run again even if a finished run of the same configuration exists")]
@@ -29,9 +31,12 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, say w
 Root = Annotated[Path | None, typer.Option(help="where run folders go (default: results/runs)")]
 
 # %% ../nbs/E10_commands.ipynb #c933c375
-def stop(error: Exception | str) -> None:
-    """Say what is wrong on standard error, after "error: ", and leave with exit status 2."""
-    typer.echo(f"error: {error}", err=True)
+def stop(error: Exception | str, own: bool = False) -> None:
+    """Say what is wrong on standard error, after "error: ", and leave with exit status 2.
+
+    Of several processes (E9) number 0 speaks for all. own: the error may be of this process alone, which says so."""
+    if own or speaks():
+        typer.echo(f"error{'' if speaks() else f' of process {rank()}'}: {error}", err=True)
     raise typer.Exit(2)
 
 

@@ -24,6 +24,7 @@ import typer
 from .cli import (Changes, GpuShare, Replicas, Root, Seed, TrackName, later, only_after_the_command,
                                  parse_changes, stop, told)
 from .data import fill_prompt, load_prompt, problem_sets
+from .distributed import joined, launched
 from .grpo_settings import NAMED, PRESETS, GRPOConfig, grpo_config
 from .runs import (check_folder, name_part, policy_name, publish, read_metrics, read_summary, run_folder,
                                   variant_name)
@@ -81,16 +82,20 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
          compiled: bool = False, force: bool = False, root: Root = None):
     """One GRPO run (CS336 assignment 5, §7), or with a command an experiment of §8.
 
-    A killed run goes on from its last checkpoint; Ctrl-C stops it after the step."""
+    A killed run goes on from its last checkpoint; Ctrl-C stops it after the step. On several GPUs:
+    accelerate launch --multi_gpu -m cs336_alignment.grpo_experiments …"""
     if context.invoked_subcommand:
+        if launched() > 1:
+            stop(f"{context.invoked_subcommand} runs side by side: start it alone. A launcher is for the single run")
         return only_after_the_command(context)
     with told():  # mistakes show before anything is loaded
         given = dict(seed=seed, model=model, n_grpo_steps=steps, learning_rate=lr, variant=variant)
         config = grpo_command_config(track, given, data, named, settings)
         check_folder(config, root)
         check_problems(config)
-    run_command(config, root, force, pass_tokens=pass_tokens, compiled=compiled, replicas=replicas,
-                gpu_memory_utilization=gpu_memory_utilization)
+    with told(), joined():
+        run_command(config, root, force, pass_tokens=pass_tokens, compiled=compiled, replicas=replicas,
+                    gpu_memory_utilization=gpu_memory_utilization)
 
 # %% ../nbs/13_grpo_experiments.ipynb #b9bdd206
 def run_command(config: GRPOConfig, root: Path | None, force: bool, **options) -> None:
@@ -100,7 +105,7 @@ def run_command(config: GRPOConfig, root: Path | None, force: bool, **options) -
     try:
         summary = run_grpo(config, None, root, force, **options)
     except (ValueError, OSError, RunStopped) as error:
-        stop(error)
+        stop(error, own=isinstance(error, RunStopped))
     if summary:
         print({name: value for name, value in summary["final"].items()})
         print(learning_curve(config, root))

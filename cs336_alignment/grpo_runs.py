@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #05d6fc98
 from .data import Problem, problem_sets
+from .distributed import agreed, on_rank_zero
 from .grpo import evaluates, grpo_step, sample_rollouts, sampling_params, timed
 from .grpo_settings import GRPOConfig
 from .inference import Completion, Engine
@@ -190,7 +191,7 @@ def run_steps(s: State, stop_asked: threading.Event, progress: bool | None) -> b
     for step in training_steps(s.run, last, progress):
         with stops_saved(s, step):
             line = run_step(s, step)
-        stopped = stop_asked.is_set() and step < last
+        stopped = agreed(stop_asked.is_set()) and step < last
         log_step(s, step, line, save=stopped or step % s.config.checkpoint_every == 0)
         if stopped:
             say(s.run, f"stopped by hand, safe after step {step}; the same command goes on from there")
@@ -204,7 +205,8 @@ def run_grpo(config: GRPOConfig, engine: Engine | None = None, root: Path | str 
     """GRPO (handout §7.2, Algorithm 3) into the run folder of `config` below `root`; its summary, or None if stopped.
 
     engine: kept open; default: one is made with `engine_options` (replicas, …) and closed. keep_policy: save the policy
-    in the cache. compiled: its layers. force, mirror: see `open_run`. Raises RunStopped, RunConflict.
+    in the cache. compiled: its layers. force, mirror: see `open_run`. `joined` processes (E9) share all work. Raises
+    RunStopped, RunConflict.
     """
     name = policy_name(asdict(config))
     with open_run(config, root, force, mirror) as run:
@@ -222,5 +224,5 @@ def run_grpo(config: GRPOConfig, engine: Engine | None = None, root: Path | str 
             except KeyboardInterrupt:  # without the hundred frames that it came through
                 raise KeyboardInterrupt(f"stopped at once; the run is safe after step {run.step}") from None
         if keep_policy:
-            save_policy(policy, tokenizer, name)
+            on_rank_zero(lambda: save_policy(policy, tokenizer, name) and None)
         return finish_run(run, policy=name if keep_policy else None, engine=type(engine).__name__, **engine_options)
