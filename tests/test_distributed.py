@@ -1,0 +1,263 @@
+"""What notebook E9 cannot show: processes that work together (gloo) make the run of one, and one that dies stops all.
+
+The processes are forked, so that imports are paid for once; one test starts them with `accelerate launch`. The policy is
+tiny and in float64: what differs is the order of sums, not a sampled token."""
+import contextlib, io, json, os, signal, socket, subprocess, sys, time
+from dataclasses import asdict
+
+import psutil, pytest, torch
+
+import kills
+from cs336_alignment import data, grpo, grpo_runs, log, models, runs
+from cs336_alignment.distributed import deal, in_shares, joined, on_rank_zero, processes, rank, totals
+from cs336_alignment.grpo_settings import grpo_config
+from cs336_alignment.inference import TransformersEngine
+from cs336_alignment.packing import (Example, accumulate_gradients, make_optimizer, pack_rows, packed_log_probs,
+                                     sft_examples, sft_loss, train_step)
+from cs336_alignment.runs import RunConflict, read_metrics, run_folder
+from test_grpo_loop import digits_reward, tiny_policy
+
+torch.set_num_threads(1)  # a process with one thread can be forked
+CONFIG = grpo_config("micro", model="tiny", n_grpo_steps=4, rollout_batch_size=16, train_batch_size=8, group_size=4,
+                     max_tokens=8, n_eval=10, eval_every=2, checkpoint_every=1, learning_rate=1e-2, loss_type="grpo_clip")
+
+
+def together(n, work, folder):
+    """`work()` in n forked processes that are joined; what each returns. Raises AssertionError if one fails."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def one(k):
+        os.environ.update(RANK=str(k), WORLD_SIZE=str(n), LOCAL_RANK=str(k), LOCAL_WORLD_SIZE=str(n),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        with joined():
+            torch.save(work(), folder / f"result_{n}_{k}.pt")
+
+    pids = [kills.in_child(lambda k=k: one(k)) for k in range(n)]
+    assert [kills.ended_by(pid) for pid in pids] == [0] * n
+    return [torch.load(folder / f"result_{n}_{k}.pt", weights_only=False) for k in range(n)]
+
+
+def double_policy(*args, **kwargs):
+    policy, tokenizer = tiny_policy()
+    return policy.double(), tokenizer
+
+
+def rows(lengths, seed=0):
+    """Examples with prompts of 3 tokens and responses of these lengths."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = lambda n: torch.randint(3, 90, (n,), generator=draw).tolist()
+    return [Example(ids(3), ids(n)) for n in lengths]
+
+
+# --- the update
+
+def three_updates(batches, max_tokens=60):
+    policy, _ = double_policy()
+    optimizer, lines = make_optimizer(policy, 1e-2), []
+    for batch in batches:
+        lines.append(train_step(policy, optimizer, sft_examples(batch), sft_loss, max_tokens))
+    return lines, torch.nn.utils.parameters_to_vector(policy.parameters()).detach()
+
+
+BATCHES = {"even": [rows([10] * 8, k) for k in range(3)],
+           "uneven": [rows([50, 1, 2, 3, 1, 40], 1), rows([7], 2), rows([50, 0, 0, 1], 3)],
+           "fewer rows than processes": [rows([5], k) for k in range(3)]}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_processes_make_the_updates_of_one(tmp_path, name, n):
+    lines, weights = three_updates(BATCHES[name])
+    for theirs, their_weights in together(n, lambda: three_updates(BATCHES[name]), tmp_path):
+        for line, their in zip(lines, theirs, strict=True):
+            same = {k: v for k, v in line.items() if k != "micro_batches"}
+            assert {k: their[k] for k in same} == pytest.approx(same, rel=1e-6)
+        assert torch.allclose(their_weights, weights, rtol=0, atol=1e-7)
+
+
+def test_the_parts_of_the_gradient_add_up_and_are_not_the_whole(tmp_path):
+    def part():
+        policy, _ = double_policy()
+        accumulate_gradients(policy, sft_examples(rows([9, 3, 8, 2])), sft_loss)
+        return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    whole, parts = part(), together(2, part, tmp_path)
+    assert torch.allclose(sum(parts), whole, rtol=0, atol=1e-7)
+    assert all((p - whole).norm() > 0.1 * whole.norm() for p in parts)
+
+
+def test_a_bug_would_show_the_mean_of_each_process_is_not_the_mean_of_all(tmp_path):
+    """What DDP makes of a loss that every process divides by its own tokens: the wrong update for uneven batches."""
+    def mean(examples):
+        policy, _ = double_policy()
+        with torch.no_grad():
+            logits = [policy(torch.tensor([[*e.prompt_ids, *e.response_ids]])).logits[0, 2:-1] for e in examples]
+        chosen = [z.log_softmax(-1).gather(1, torch.tensor(e.response_ids)[:, None]) for z, e in zip(logits, examples)]
+        return -torch.cat(chosen).mean().item()
+
+    batch = rows([50, 1, 2, 3])
+    means = together(2, lambda: mean([batch[i] for i in deal([1] * 4, 2)[rank()]]), tmp_path)
+    assert abs(sum(means) / 2 - mean(batch)) > 1e-3
+
+
+def test_bins_come_in_multiples_and_about_equal():
+    for multiple in (1, 2, 3, 4):
+        bins = pack_rows([10, 9, 8, 7, 6, 5, 4, 3, 2, 1], 20, multiple)
+        assert len(bins) % multiple == 0 and sorted(sum(bins, [])) == list(range(10))
+        hands = [sum(10 - i for b in bins[k::multiple] for i in b) for k in range(multiple)]
+        assert max(hands) - min(hands) <= 10
+    assert pack_rows([5], 20, 4) == [[0], [], [], []] and pack_rows([], 20, 4) == []
+
+
+def test_old_log_probs_are_shared_and_the_same(tmp_path):
+    def work():
+        return packed_log_probs(double_policy()[0], rows([9, 0, 3, 30, 2]), 40)
+
+    whole = work()
+    for theirs in together(2, work, tmp_path):
+        for (lp, h), (their_lp, their_h) in zip(whole, theirs, strict=True):
+            assert torch.allclose(lp, their_lp) and torch.allclose(h, their_h) and len(lp) == len(their_lp)
+
+
+def test_shares_come_back_in_order_and_errors_of_the_first_reach_all(tmp_path):
+    def work():
+        mine = []
+        result = in_shares(lambda xs, ys: [mine.append(x) or (x, y) for x, y in zip(xs, ys)], list(range(7)), "abcdefg",
+                           sizes=[9, 1, 1, 1, 1, 1, 1], together=1)
+        def refuse():
+            raise RunConflict("no")
+        try:
+            on_rank_zero(refuse)
+        except RunConflict as error:
+            caught = str(error)
+        return result, mine, caught, totals({"a": 1.0} if rank() else {"b": 2.0}), processes()
+
+    (result, first, *rest), (other, second, *more) = together(2, work, tmp_path)
+    assert result == other == list(enumerate("abcdefg")) and sorted(first + second) == list(range(7))
+    assert len(first) == 1 and rest == more == ["no", {"b": 2.0, "a": 1.0}, 2]  # the large piece alone
+
+
+# --- the run
+
+def small_world(root):
+    """Tiny policies in float64, easy rewards, in a child process."""
+    for module in (grpo, log):
+        module.reward_fn_of = lambda prompt: counted(root)
+    grpo_runs.load_policy, grpo_runs.vllm_problem = double_policy, lambda: "not here."
+    grpo_runs.run_problems = lambda config: (models.micro_problems(50, 0, "train"),
+                                             models.micro_problems(50, 0, "test")[:config.n_eval])
+    grpo_runs.save_policy = lambda *args: (root / "saved").open("a").write("once\n")
+    runs.environment = lambda: {"gpu": None}
+
+
+def counted(root):
+    def reward(response, truth):
+        with (root / "graded").open("a") as file:
+            file.write("x\n")
+        return digits_reward(response, truth)
+    return reward
+
+
+def train(root, config=CONFIG, **options):
+    small_world(root)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        summary = grpo_runs.run_grpo(config, root=root, mirror=False, progress=False, **options)
+    return summary, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run of one process."""
+    root = tmp_path_factory.mktemp("whole")
+    assert kills.ended_by(kills.in_child(lambda: train(root))) == 0
+    return root
+
+
+def assert_same_run(root, whole):
+    """All lines of the log and all records of rollouts, each once; sums may round."""
+    for name in runs.LOGS:
+        ours, theirs = (kills.record(run_folder(asdict(CONFIG), place))[name] for place in (root, whole))
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs):
+            assert a.keys() == b.keys()
+            for k in a:
+                assert a[k] == (pytest.approx(b[k], rel=1e-5, abs=1e-9) if isinstance(b[k], float) else b[k]), k
+
+
+def test_a_run_of_two_is_the_run_of_one_and_everything_is_done_once(tmp_path, whole):
+    (first, said), (second, _) = together(2, lambda: train(tmp_path), tmp_path)
+    assert_same_run(tmp_path, whole)
+    assert first["final"] == second["final"] and first["steps"] == 4
+    for name in ("graded", "saved"):
+        assert (tmp_path / name).read_text() == (whole / name).read_text(), name
+    folder = run_folder(asdict(CONFIG), tmp_path)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in run_folder(asdict(CONFIG), whole).iterdir())
+    assert [line["step"] for line in read_metrics(folder)] == [0, 1, 2, 3, 4]
+    assert read_metrics(folder)[-1]["train/reward_mean"] != read_metrics(folder)[1]["train/reward_mean"]  # it moves
+
+
+class Interrupted(TransformersEngine):
+    """The live policy; process 1 gets a Ctrl-C in its third call (evaluation, step 1, step 2)."""
+
+    def __init__(self):
+        super().__init__(*double_policy(), batch_size=64)
+        self.calls = 0
+
+    def generate(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == 3 and rank() == processes() - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().generate(*args, **kwargs)
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 3), (3, 2)])
+def test_a_stop_asked_of_one_stops_all_and_another_number_goes_on(tmp_path, whole, before, after):
+    for summary, said in together(before, lambda: train(tmp_path, engine=Interrupted()), tmp_path):
+        assert summary is None
+    assert runs.find_checkpoint(run_folder(asdict(CONFIG), tmp_path)).name == "step_00000002"
+    for summary, said in together(after, lambda: train(tmp_path), tmp_path):
+        assert summary["steps"] == 4
+    assert_same_run(tmp_path, whole)
+
+
+# --- the launcher
+
+SETTINGS = {"rollout_batch_size": 16, "train_batch_size": 16, "group_size": 4, "max_tokens": 12, "n_eval": 8,
+            "eval_every": 20, "checkpoint_every": 2}
+
+
+def launch(n, root, steps=20, *more):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend",
+               "no", "--num_processes", str(n), "--main_process_port", "0", "-m"] if n > 1 else [sys.executable, "-m"]
+    options = [x for k, v in SETTINGS.items() for x in ("--set", f"{k}={v}")]
+    return subprocess.Popen([*command, "cs336_alignment.grpo_experiments", *more, *(["--track", "micro", "--variant", "v",
+                             "--steps", str(steps), "--root", str(root), *options] if not more else [])],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=data.repo_root(),
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_a_killed_process_stops_the_job_which_goes_on_alone(tmp_path):
+    job, folder = launch(2, tmp_path), tmp_path / "grpo_micro" / "v_seed0"
+    until = time.monotonic() + 120
+    while len(read_metrics(folder)) < 4 and job.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    workers = {p.environ().get("RANK"): p for p in psutil.Process(job.pid).children(recursive=True) if "RANK" in p.environ()}
+    workers["1"].kill()
+    out, error = job.communicate(timeout=120)
+    assert job.returncode not in (0, None) and "Signal 9 (SIGKILL)" in error
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers.values())
+    assert not (folder / "summary.json").exists() and runs.find_checkpoint(folder)
+    alone = launch(1, tmp_path)
+    out, error = alone.communicate(timeout=120)
+    assert alone.returncode == 0, error
+    assert "goes on after step" in out and [line["step"] for line in read_metrics(folder)] == list(range(21))
+    known = json.loads((folder / "environment.json").read_text())
+    assert known["processes"] == 2 and "processes" not in known["resumed"][0]
+
+
+def test_experiments_refuse_a_launcher():
+    done = subprocess.run([sys.executable, "-m", "cs336_alignment.grpo_experiments", "lr-sweep"], capture_output=True, text=True,
+                          cwd=data.repo_root(), env=os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    assert done.returncode == 2 and done.stderr.startswith("error: lr-sweep runs side by side") and done.stderr.count("\n") == 1
