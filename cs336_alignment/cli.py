@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .distributed import rank, speaks
+from .distributed import launched, rank, speaks
 
 # %% ../nbs/E10_commands.ipynb #42acfd1e
 TrackName = Annotated[str, typer.Option(help="micro | pocket | course: model, data and prompt that go together")]
@@ -50,7 +50,9 @@ def told(*kinds: type[Exception]) -> Iterator[None]:
 
 # %% ../nbs/E10_commands.ipynb #0d1a7c42
 def only_after_the_command(context: typer.Context) -> None:
-    """Refuses options before a command: they would be those of the single run, and do nothing."""
+    """Refuses options before a command: they would be those of the single run, and do nothing; and a launcher (E9)."""
+    if launched() > 1:
+        stop(f"{context.invoked_subcommand} runs side by side already: a launcher is for the single run. Start it alone")
     for option in context.command.params:
         if context.get_parameter_source(option.name).name == "COMMANDLINE":
             stop(f"{option.opts[0]} belongs behind the command: {context.invoked_subcommand} {option.opts[0]} …")

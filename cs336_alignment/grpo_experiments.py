@@ -24,7 +24,7 @@ import typer
 from .cli import (Changes, GpuShare, Replicas, Root, Seed, TrackName, later, only_after_the_command,
                                  parse_changes, stop, told)
 from .data import fill_prompt, load_prompt, problem_sets
-from .distributed import joined, launched
+from .distributed import joined
 from .grpo_settings import NAMED, PRESETS, GRPOConfig, grpo_config
 from .runs import (check_folder, name_part, policy_name, publish, read_metrics, read_summary, run_folder,
                                   variant_name)
@@ -85,8 +85,6 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
     A killed run goes on from its last checkpoint; Ctrl-C stops it after the step. On several GPUs:
     accelerate launch --multi_gpu -m cs336_alignment.grpo_experiments …"""
     if context.invoked_subcommand:
-        if launched() > 1:
-            stop(f"{context.invoked_subcommand} runs side by side: start it alone. A launcher is for the single run")
         return only_after_the_command(context)
     with told():  # mistakes show before anything is loaded
         given = dict(seed=seed, model=model, n_grpo_steps=steps, learning_rate=lr, variant=variant)
