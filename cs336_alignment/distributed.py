@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['GROUPS', 'rank', 'processes', 'launched', 'speaks', 'take_own_gpu', 'joined', 'deal', 'share_of_rank', 'everyones',
-           'agreed', 'totals', 'in_shares', 'on_rank_zero', 'sum_over_ranks', 'sum_gradients']
+           'agreed', 'totals', 'in_shares', 'on_rank_zero', 'sum_over_ranks', 'sum_gradients', 'is_shard', 'is_sharded',
+           'full', 'shard_layers', 'clip_gradients', 'kinds_of_parameters', 'whole', 'cut_as', 'WholeModel',
+           'WholeOptimizer', 'checkpoint_parts']
 
 # %% ../nbs/E9_scaling.ipynb #47f9f0c3
 def _group() -> Any:
@@ -166,9 +168,121 @@ def sum_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Adds `.grad` up over all processes; a process that had no rows takes part with zeros. Alone, does nothing."""
+    """Adds `.grad` up over all processes; a process that had no rows takes part with zeros. Alone, does nothing.
+
+    Of sharded layers (`shard_layers`) FSDP has done it already."""
     if processes() > 1:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for p in trained:
+        plain = [p for p in model.parameters() if p.requires_grad and not is_shard(p)]
+        for p in plain:
             p.grad = p.new_zeros(p.shape) if p.grad is None else p.grad
-        sum_over_ranks([p.grad for p in trained])
+        sum_over_ranks([p.grad for p in plain])
+
+# %% ../nbs/E9_scaling.ipynb #6be9cdd8
+def is_shard(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is this process's shard of a whole one."""
+    return hasattr(tensor, "full_tensor")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some of a model's weights are shards: then all processes must make the same number of passes."""
+    return processes() > 1 and any(map(is_shard, model.parameters()))
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a shard, in each process (a collective call); any other tensor as it is."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor
+
+# %% ../nbs/E9_scaling.ipynb #854e88c2
+def shard_layers(model: nn.Module) -> None:
+    """Spreads weights, gradients and optimizer states of the decoder layers over all processes (FSDP2), in place.
+
+    A layer is whole only while it runs. Embeddings, last norm and output layer, which the packed step calls by
+    themselves, stay whole in each. Gradients are added up. Raises ValueError in a process that is alone."""
+    if processes() == 1:
+        raise ValueError("nothing to share the layers with: start several processes, as in accelerate launch --multi_gpu")
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    gpu = model.device.type == "cuda"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if gpu else MixedPrecisionPolicy()
+    mesh = init_device_mesh(model.device.type, (processes(),))
+    for layer in model.base_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # also after one without gradient
+        layer.set_gradient_divide_factor(1.0)  # a sum, where FSDP's default is the mean over processes
+
+# %% ../nbs/E9_scaling.ipynb #1b4708da
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """The norm of the whole gradient, which is then scaled down to `max_norm` if it is longer."""
+    from torch.nn import utils
+
+    if not is_sharded(model):
+        return utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    kinds = [[p for p in model.parameters() if p.grad is not None and is_shard(p) == kind] for kind in (False, True)]
+    norms = [full(utils.get_total_norm([p.grad for p in some])) for some in kinds]
+    total = (norms[0] ** 2 + norms[1] ** 2) ** 0.5
+    for some in kinds:
+        utils.clip_grads_with_norm_(some, max_norm, total)
+    return total.item()
+
+
+def kinds_of_parameters(model: nn.Module) -> list[dict]:
+    """A model's parameters as groups for an optimizer: all in one, or whole ones and shards apart."""
+    if not is_sharded(model):
+        return [{"params": list(model.parameters())}]
+    return [{"params": [p for p in model.parameters() if is_shard(p) == kind]} for kind in (False, True)]
+
+# %% ../nbs/E9_scaling.ipynb #0f0cb6bc
+def whole(value: Any) -> Any:
+    """A shard as process 0 saves it, whole and on the CPU; in the others, which take part, None."""
+    if not hasattr(value, "full_tensor"):
+        return value
+    value = full(value).cpu() if rank() == 0 else full(value)
+    return value if rank() == 0 else None
+
+
+def cut_as(value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a whole tensor, cut as `own` is."""
+    if not is_shard(own):
+        return value.to(own.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+
+# %% ../nbs/E9_scaling.ipynb #d71f32cf
+@dataclass
+class WholeModel:
+    """A sharded model with the state of one that is not: so a run can go on with any number of processes."""
+    model: nn.Module
+
+    def state_dict(self) -> dict:
+        return {name: whole(value) for name, value in self.model.state_dict().items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: cut_as(value, own[name]) for name, value in state.items()})
+
+
+@dataclass
+class WholeOptimizer:
+    """The same for its optimizer (AdamW): one group, parameters numbered as the model has them."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def state_dict(self) -> dict:
+        parameters, state = list(self.model.parameters()), self.optimizer.state
+        kept = {i: {k: whole(v) for k, v in state[p].items()} for i, p in enumerate(parameters) if p in state}
+        return {"state": kept, "param_groups": [self.optimizer.param_groups[0] | {"params": list(range(len(parameters)))}]}
+
+    def load_state_dict(self, saved: dict) -> None:
+        for i, p in enumerate(self.model.parameters()):
+            one = saved["state"].get(i, {})
+            self.optimizer.state[p] |= {k: v.to(p.device) if k == "step" and self.optimizer.defaults["fused"]
+                                        else v if k == "step" else cut_as(v, p) for k, v in one.items()}
+
+
+def checkpoint_parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """What a checkpoint of a run holds, the same whether it is sharded or not."""
+    if is_sharded(model):
+        return {"model": WholeModel(model), "optimizer": WholeOptimizer(model, optimizer)}
+    return {"model": model, "optimizer": optimizer}

@@ -79,7 +79,8 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
          variant: Annotated[str | None, Option("the run's name in its family (default: what differs)")] = None,
          named: Annotated[str | None, Option(" | ".join(NAMED))] = None, settings: Changes = [], replicas: Replicas = 1,
          gpu_memory_utilization: GpuShare = 0.35, pass_tokens: Annotated[int, typer.Option(min=1)] = 16_384,
-         compiled: bool = False, force: bool = False, root: Root = None):
+         compiled: bool = False, force: bool = False, root: Root = None,
+         shard: Annotated[bool, Option("layers over the launcher's processes (FSDP2)")] = False):
     """One GRPO run (CS336 assignment 5, §7), or with a command an experiment of §8.
 
     A killed run goes on from its last checkpoint; Ctrl-C stops it after the step. On several GPUs:
@@ -93,7 +94,7 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
         check_problems(config)
     with told(), joined():
         run_command(config, root, force, pass_tokens=pass_tokens, compiled=compiled, replicas=replicas,
-                    gpu_memory_utilization=gpu_memory_utilization)
+                    gpu_memory_utilization=gpu_memory_utilization, shard=shard)
 
 # %% ../nbs/13_grpo_experiments.ipynb #b9bdd206
 def run_command(config: GRPOConfig, root: Path | None, force: bool, **options) -> None:

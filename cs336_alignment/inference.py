@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.generation import (LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList,
                                      TopPLogitsWarper)
 
-from .distributed import in_shares, processes
+from .distributed import full, in_shares, processes
 from .models import load_policy, model_dir
 
 # %% ../nbs/04_sampling.ipynb #dd9a1ee9
@@ -271,7 +271,7 @@ def named_weights(source: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str,
         source = source.named_parameters()
     elif isinstance(source, Mapping):
         source = source.items()
-    return [(name.replace("_orig_mod.", "").removeprefix("module."), tensor.detach()) for name, tensor in source]
+    return [(name.replace("_orig_mod.", "").removeprefix("module."), full(tensor.detach())) for name, tensor in source]
 
 # %% ../nbs/04_sampling.ipynb #ce0ab02a
 @contextlib.contextmanager

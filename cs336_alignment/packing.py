@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
-from .distributed import everyones, processes, rank, sum_gradients, totals
+from .distributed import (clip_gradients, everyones, is_sharded, kinds_of_parameters, processes, rank,
+                                         sum_gradients, totals)
 from .sft_helper import compute_entropy, token_ids
 
 # %% ../nbs/E3_packed_training.ipynb #ae1c2191
@@ -266,8 +267,9 @@ def packed_log_probs(model: PreTrainedModel, examples: Sequence[Example], max_to
     empty, own = (torch.empty(0, device=model.device),) * 2, {}
     filled = [i for i, e in enumerate(examples) if len(e.response_ids)]
     for rows in pack_rows([len(examples[i]) for i in filled], max_tokens, processes())[rank()::processes()]:
-        if not (rows := [filled[i] for i in rows]):
+        if not rows and not is_sharded(model):
             continue
+        rows = [filled[i] for i in rows or [0]]  # sharded layers need all processes in each pass
         packed = pack([replace(examples[i], side={}) for i in rows], model.device)
         with packed_mode(model):
             hidden = hidden_states(model, packed)
@@ -336,12 +338,16 @@ def accumulate_gradients(model: PreTrainedModel, examples: Sequence[Example], lo
         raise ValueError(f"nothing to train on: all {len(examples)} responses of the batch are empty")
     check_context(model, filled)
     bins = pack_rows([len(e) for e in filled], max_tokens, processes())
-    own = [rows for rows in bins[rank()::processes()] if rows]
+    own = [[filled[i] for i in rows] for rows in bins[rank()::processes()]]
     dtype, sums = torch.promote_types(model.dtype, torch.float32), defaultdict(float)
-    micro_batches = [pack([filled[i] for i in rows], model.device, dtype) for rows in own]  # copies come first
+    micro_batches = [pack(rows, model.device, dtype) for rows in own if rows]  # copies come first
     for packed in micro_batches:
         for name, x in backward_in_slices(model, packed, loss_fn, max_logits, temperature).items():
             sums[name] += x
+    if is_sharded(model):  # all processes must take part in each pass
+        nothing = pack([replace(filled[0], side={**filled[0].side, "weight": 0.0})], model.device, dtype)
+        for _ in range(own.count([])):
+            backward_in_slices(model, nothing, loss_fn, max_logits, temperature)
     n = sum(len(e.response_ids) for e in filled)
     sums = totals({name: float(x) for name, x in sums.items()})
     means = {name: x / (1 if name == "loss" else n) for name, x in sums.items()}
@@ -368,7 +374,7 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, example
     """
     metrics = accumulate_gradients(model, examples, loss_fn, max_tokens, max_logits, temperature)
     sum_gradients(model)
-    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    metrics["grad_norm"] = clip_gradients(model, max_grad_norm)
     if not math.isfinite(metrics["grad_norm"]):
         optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(f"gradient norm is {metrics['grad_norm']} at loss {metrics['loss']}: no step was "
@@ -381,7 +387,7 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, example
 def make_optimizer(model: PreTrainedModel, learning_rate: float, betas: tuple[float, float] = (0.9, 0.95),
                    weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW over all parameters, with the handout's defaults (§7.2); fused on CUDA. Keep the model in float32."""
-    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
+    return torch.optim.AdamW(kinds_of_parameters(model), lr=learning_rate, betas=betas, weight_decay=weight_decay,
                              fused=model.device.type == "cuda")
 
 

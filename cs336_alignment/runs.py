@@ -589,7 +589,7 @@ def save_checkpoint(run: Run, step: int, parts: dict, extra: dict | None = None,
     """
     if step <= run.step:
         raise ValueError(f"step {step} is not after the last checkpoint, of step {run.step}")
-    if on_rank_zero(lambda: wall_s(run) - run.saved < after_s):
+    if after_s and on_rank_zero(lambda: wall_s(run) - run.saved < after_s):
         return
     state = {"parts": {name: portable(part.state_dict(), name) for name, part in parts.items()},
              "extra": portable(extra, "extra"), "rng": rng_state()}

@@ -2,14 +2,15 @@
 
 The processes are forked, so that imports are paid for once; one test starts them with `accelerate launch`. The policy is
 tiny and in float64: what differs is the order of sums, not a sampled token."""
-import contextlib, io, json, os, signal, socket, subprocess, sys, time
-from dataclasses import asdict
+import contextlib, io, json, os, signal, socket, subprocess, sys, time, traceback
+from dataclasses import asdict, replace
 
 import psutil, pytest, torch
 
 import kills
 from cs336_alignment import data, grpo, grpo_runs, log, models, runs, sft_math_reasoning, sft_math_reasoning_ei
-from cs336_alignment.distributed import deal, in_shares, joined, on_rank_zero, processes, rank, totals
+from cs336_alignment.distributed import (checkpoint_parts, deal, in_shares, is_shard, joined, on_rank_zero, processes,
+                                         rank, shard_layers, totals)
 from cs336_alignment.grpo_settings import grpo_config
 from cs336_alignment.inference import TransformersEngine
 from cs336_alignment.packing import (Example, accumulate_gradients, make_optimizer, pack_rows, packed_log_probs,
@@ -33,8 +34,12 @@ def together(n, work, folder):
     def one(k):
         os.environ.update(RANK=str(k), WORLD_SIZE=str(n), LOCAL_RANK=str(k), LOCAL_WORLD_SIZE=str(n),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        with joined():
-            torch.save(work(), folder / f"result_{n}_{k}.pt")
+        try:
+            with joined():
+                torch.save(work(), folder / f"result_{n}_{k}.pt")
+        except BaseException:
+            traceback.print_exc()
+            raise
 
     pids = [kills.in_child(lambda k=k: one(k)) for k in range(n)]
     assert [kills.ended_by(pid) for pid in pids] == [0] * n
@@ -224,6 +229,84 @@ def test_a_stop_asked_of_one_stops_all_and_another_number_goes_on(tmp_path, whol
     assert_same_run(tmp_path, whole)
 
 
+class FailsAt(TransformersEngine):
+    """The live policy; in process 1 its k-th call fails."""
+
+    def __init__(self, k):
+        super().__init__(*double_policy(), batch_size=64)
+        self.left = k
+
+    def generate(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0 and rank() == 1:
+            raise RuntimeError("engine replica 0 ended with code -9")
+        return super().generate(*args, **kwargs)
+
+
+def test_an_error_of_one_process_stops_the_others_with_a_safe_step(tmp_path):
+    def work():
+        try:
+            train(tmp_path, replace(CONFIG, checkpoint_every=100), engine=FailsAt(5))
+        except grpo_runs.RunStopped as error:  # evaluation, steps 1 and 2, evaluation, step 3
+            torch.save(str(error), tmp_path / f"error_{rank()}")
+            os._exit(0)  # as a command does: the others do not wait
+
+    with pytest.raises(FileNotFoundError):  # no results
+        together(2, work, tmp_path)
+    said = [torch.load(tmp_path / f"error_{k}") for k in range(2)]
+    assert "step 3 failed" in said[0] and "The run is safe after step 2" in said[0]
+    assert "step 3 failed: engine replica 0 ended" in said[1]
+
+
+# --- sharded layers
+
+def sharded_updates(batches):
+    policy, _ = double_policy()
+    shard_layers(policy)
+    optimizer, lines = make_optimizer(policy, 1e-2), []
+    for batch in batches:
+        lines.append(train_step(policy, optimizer, sft_examples(batch), sft_loss, 60))
+    parts = checkpoint_parts(policy, optimizer)
+    return lines, {name: part.state_dict() for name, part in parts.items()}, sum(is_shard(p) for p in policy.parameters())
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_sharded_layers_make_the_updates_of_one_process(tmp_path, name):
+    lines, weights = three_updates(BATCHES[name])
+    (theirs, saved, shards), (also, nothing, _) = together(2, lambda: sharded_updates(BATCHES[name]), tmp_path)
+    assert shards == 9 and theirs == also  # of a layer; embeddings and last norm are whole
+    for line, their in zip(lines, theirs, strict=True):
+        same = {k: v for k, v in line.items() if k != "micro_batches"}
+        assert {k: their[k] for k in same} == pytest.approx(same, rel=1e-6)
+    policy, _ = double_policy()
+    policy.load_state_dict(saved["model"])
+    assert torch.allclose(torch.nn.utils.parameters_to_vector(policy.parameters()), weights, rtol=0, atol=1e-7)
+    optimizer = make_optimizer(policy, 1e-2)
+    optimizer.load_state_dict(saved["optimizer"])  # the form of one process
+    assert optimizer.state[next(policy.parameters())]["step"] == 3
+
+
+@pytest.mark.parametrize("before, after", [((2, True), (1, False)), ((1, False), (2, True)), ((2, True), (3, True))])
+def test_a_sharded_run_goes_on_with_another_number(tmp_path, whole, before, after):
+    for (n, shard), engine in ((before, Interrupted), (after, lambda: TransformersEngine(*double_policy(), batch_size=64))):
+        results = together(n, lambda: train(tmp_path, engine=engine(), shard=shard), tmp_path)
+    assert all(summary["steps"] == 4 for summary, _ in results)
+    assert_same_run(tmp_path, whole)
+
+
+def test_sharding_is_refused_where_it_cannot_work(tmp_path):
+    with pytest.raises(ValueError, match="start several processes"):
+        shard_layers(double_policy()[0])
+
+    def work():
+        try:
+            train(tmp_path, shard=True)
+        except ValueError as error:
+            return str(error)
+
+    assert all("needs an engine with weights of its own" in said for said in together(2, work, tmp_path))
+
+
 # --- SFT and expert iteration
 
 SFT = sft_config("micro", 24, model="tiny", batch_size=8, epochs=1, n_eval=6, evaluations=2, max_tokens=8, min_steps=0,
@@ -234,7 +317,7 @@ EI = ei_config("micro", model="tiny", questions=4, group_size=4, n_ei_steps=2, b
 
 def finetune(root, work, config):
     models.load_policy, models.save_policy = double_policy, lambda *args: (root / "saved").open("a").write("once\n")
-    models.model_dir = lambda name: Path("/nowhere")
+
     runs.environment, log.reward_fn_of = lambda: {"gpu": None}, lambda prompt: digits_reward
     sft_math_reasoning_ei.reward_fn_of = lambda prompt: digits_reward
     with contextlib.redirect_stdout(io.StringIO()):
