@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 # %% auto #0
-__all__ = ['GROUPS', 'rank', 'processes', 'launched', 'speaks', 'take_own_gpu', 'joined', 'deal', 'share_of_rank', 'everyones',
-           'agreed', 'totals', 'in_shares', 'on_rank_zero', 'sum_over_ranks', 'sum_gradients', 'is_shard', 'is_sharded',
-           'full', 'shard_layers', 'clip_gradients', 'kinds_of_parameters', 'whole', 'cut_as', 'WholeModel',
-           'WholeOptimizer', 'checkpoint_parts']
+__all__ = ['GROUPS', 'SMOLLM2', 'QWEN_1_5B', 'QWEN_7B', 'rank', 'processes', 'launched', 'speaks', 'take_own_gpu', 'joined',
+           'everyones', 'agreed', 'totals', 'sum_over_ranks', 'sum_gradients', 'on_rank_zero', 'deal', 'share_of_rank',
+           'in_shares', 'is_shard', 'is_sharded', 'full', 'shard_layers', 'clip_gradients', 'kinds_of_parameters',
+           'whole', 'cut_as', 'WholeModel', 'WholeOptimizer', 'checkpoint_parts', 'Shape', 'Machine', 'Work',
+           'training_flops', 'pass_s', 'update_s', 'rollout_s', 'sum_s', 'trainer_bytes', 'step_parts']
 
 # %% ../nbs/E9_scaling.ipynb #47f9f0c3
 def _group() -> Any:
@@ -87,20 +88,6 @@ def joined() -> Iterator[None]:
     GROUPS.clear()
     state.destroy_process_group()  # not after an error: the others may never come
 
-# %% ../nbs/E9_scaling.ipynb #0935db1b
-def deal(sizes: Sequence[float], n: int) -> list[list[int]]:
-    """Deals pieces to `n` processes, the largest first, each to the one with the least so far; numbers, ascending."""
-    hands = [(0, k, []) for k in range(n)]  # a heap
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        total, k, pieces = hands[0]
-        heapq.heapreplace(hands, (total + sizes[i], k, pieces + [i]))
-    return [sorted(pieces) for _, _, pieces in sorted(hands, key=lambda hand: hand[1])]
-
-
-def share_of_rank(sizes: Sequence[float]) -> list[int]:
-    """The numbers of the pieces that are this process's."""
-    return deal(sizes, processes())[rank()]
-
 # %% ../nbs/E9_scaling.ipynb #e68f8243
 def everyones(own: Any, group: str = "objects") -> list:
     """`own` of every process, by rank. A collective call: all processes must make it, in the same order."""
@@ -123,40 +110,6 @@ def totals(numbers: dict[str, float]) -> dict[str, float]:
     parts = everyones(numbers)
     return parts[0] if len(parts) == 1 else {k: sum(p.get(k, 0.0) for p in parts) for k in {k: 0 for p in parts for k in p}}
 
-# %% ../nbs/E9_scaling.ipynb #72922fec
-def in_shares(work: Callable[..., Sequence], *columns: Sequence, sizes: Sequence[float] | None = None,
-              together: int = 1, group: str = "objects") -> Sequence:
-    """`work(*columns)`, which gives a result for each row, made by all processes together: each has all results, in order.
-
-    sizes: of the rows, to balance the work. together: rows that stay in one process. A collective call."""
-    if processes() == 1:
-        return work(*columns)
-    n, sizes = len(columns[0]), sizes or [1] * len(columns[0])
-    blocks = [range(n)[k:k + together] for k in range(0, n, together)]
-    hands = deal([sum(sizes[i] for i in block) for block in blocks], processes())
-    rows = [[i for b in hand for i in blocks[b]] for hand in hands]
-    own = rows[rank()]
-    results = work(*([column[i] for i in own] for column in columns)) if own else []
-    parts = everyones(list(results), group)
-    whole = {i: result for numbers, part in zip(rows, parts) for i, result in zip(numbers, part, strict=True)}
-    return [whole[i] for i in range(n)]
-
-# %% ../nbs/E9_scaling.ipynb #f6c65f76
-def on_rank_zero(work: Callable[[], Any]) -> Any:
-    """What `work()` returns, or raises, in process 0, where alone it is called; in all processes."""
-    if processes() == 1:
-        return work()
-    result = error = None
-    if rank() == 0:
-        try:
-            result = work()
-        except Exception as caught:
-            error = caught
-    result, error = everyones((result, error))[0]
-    if error is not None:
-        raise error
-    return result
-
 # %% ../nbs/E9_scaling.ipynb #ef153d36
 def sum_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
     """Adds tensors up over all processes, in place. A collective call."""
@@ -176,6 +129,54 @@ def sum_gradients(model: nn.Module) -> None:
         for p in plain:
             p.grad = p.new_zeros(p.shape) if p.grad is None else p.grad
         sum_over_ranks([p.grad for p in plain])
+
+# %% ../nbs/E9_scaling.ipynb #f6c65f76
+def on_rank_zero(work: Callable[[], Any]) -> Any:
+    """What `work()` returns, or raises, in process 0, where alone it is called; in all processes."""
+    if processes() == 1:
+        return work()
+    result = error = None
+    if rank() == 0:
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+    result, error = everyones((result, error))[0]
+    if error is not None:
+        raise error
+    return result
+
+# %% ../nbs/E9_scaling.ipynb #0935db1b
+def deal(sizes: Sequence[float], n: int) -> list[list[int]]:
+    """Deals pieces to `n` processes, the largest first, each to the one with the least so far; numbers, ascending."""
+    hands = [(0, k, []) for k in range(n)]  # a heap
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        total, k, pieces = hands[0]
+        heapq.heapreplace(hands, (total + sizes[i], k, pieces + [i]))
+    return [sorted(pieces) for _, _, pieces in sorted(hands, key=lambda hand: hand[1])]
+
+
+def share_of_rank(sizes: Sequence[float]) -> list[int]:
+    """The numbers of the pieces that are this process's."""
+    return deal(sizes, processes())[rank()]
+
+# %% ../nbs/E9_scaling.ipynb #72922fec
+def in_shares(work: Callable[..., Sequence], *columns: Sequence, sizes: Sequence[float] | None = None,
+              together: int = 1, group: str = "objects") -> Sequence:
+    """`work(*columns)`, which gives a result for each row, made by all processes together: each has all results, in order.
+
+    sizes: of the rows, to balance the work. together: rows that stay in one process. A collective call."""
+    if processes() == 1:
+        return work(*columns)
+    n, sizes = len(columns[0]), sizes or [1] * len(columns[0])
+    blocks = [range(n)[k:k + together] for k in range(0, n, together)]
+    hands = deal([sum(sizes[i] for i in block) for block in blocks], processes())
+    rows = [[i for b in hand for i in blocks[b]] for hand in hands]
+    own = rows[rank()]
+    results = work(*([column[i] for i in own] for column in columns)) if own else []
+    parts = everyones(list(results), group)
+    whole = {i: result for numbers, part in zip(rows, parts) for i, result in zip(numbers, part, strict=True)}
+    return [whole[i] for i in range(n)]
 
 # %% ../nbs/E9_scaling.ipynb #6be9cdd8
 def is_shard(tensor: torch.Tensor) -> bool:
@@ -286,3 +287,127 @@ def checkpoint_parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     if is_sharded(model):
         return {"model": WholeModel(model), "optimizer": WholeOptimizer(model, optimizer)}
     return {"model": model, "optimizer": optimizer}
+
+# %% ../nbs/E9_scaling.ipynb #24167ead
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama-like model that decide its cost."""
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tied: bool = True  # input and output embeddings are one matrix
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of all decoder layers' matrices: query and output, key and value, the MLP's three."""
+        kv = self.hidden * self.kv_heads // self.heads
+        return self.layers * self.hidden * (2 * self.hidden + 2 * kv + 3 * self.intermediate)
+
+    @property
+    def weights(self) -> int:
+        """All weights, without norms and biases."""
+        return self.layer_weights + self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of one token's keys and values in bfloat16."""
+        return 2 * 2 * self.layers * self.hidden * self.kv_heads // self.heads
+
+
+SMOLLM2 = Shape(30, 576, 1536, 9, 3, 49_152)  # from the models' config.json
+QWEN_1_5B = Shape(28, 1536, 8960, 12, 2, 151_936)
+QWEN_7B = Shape(28, 3584, 18_944, 28, 4, 152_064, tied=False)
+
+# %% ../nbs/E9_scaling.ipynb #82bf6430
+@dataclass(frozen=True)
+class Machine:
+    """Speeds of one GPU and of its links, per second and direction; the defaults are an H200's data sheet."""
+    name: str
+    flops: float  # of matrix products in bfloat16
+    decode_s: float  # a decoding step of vLLM, a layer
+    sequence_s: float  # and a sequence
+    memory: float = 4.8e12  # bytes
+    link: float = 450e9  # bytes to the GPUs of its host (NVLink)
+    network: float = 50e9  # bytes to other hosts, a GPU (400 Gbit/s)
+    latency: float = 30e-6  # s a collective call: an assumption
+    host: int = 8  # GPUs
+
+# %% ../nbs/E9_scaling.ipynb #453ea37f
+@dataclass(frozen=True)
+class Work:
+    """One rollout batch: responses, tokens of each prompt and response (means), and tokens of a forward pass."""
+    responses: int
+    prompt: int
+    response: int
+    pass_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.responses * (self.prompt + self.response)
+
+
+def training_flops(shape: Shape, work: Work) -> float:
+    """Of one update on all responses: 6 a weight and token (output layer: response tokens only), and causal attention.
+
+    Forward and backward cost 2 + 4 FLOPs a weight and token (Kaplan et al. 2020, §2.1); attention 6·layers·hidden·length
+    a token, as on average half of the earlier tokens are seen."""
+    head = 6 * shape.vocab * shape.hidden * work.responses * work.response
+    attention = 6 * shape.layers * shape.hidden * (work.prompt + work.response) * work.tokens
+    return 6 * shape.layer_weights * work.tokens + head + attention
+
+# %% ../nbs/E9_scaling.ipynb #189b5124
+def pass_s(shape: Shape, machine: Machine, work: Work, gpus: int, trained: float = 1.0) -> float:
+    """Seconds that a GPU moves weights in an update: 18 bytes a weight and pass, and 28 for AdamW.
+
+    A pass reads float32 weights and writes their bfloat16 copies (6), writes and reads their gradients (4) and adds them
+    in float32 (8); AdamW reads weight, gradient and two moments, and writes three."""
+    passes = math.ceil(trained * work.tokens / work.pass_tokens / gpus)
+    return (18 * passes + 28) * shape.weights / machine.memory
+
+
+def update_s(shape: Shape, machine: Machine, work: Work, gpus: int, share: float, trained: float = 1.0) -> float:
+    """Seconds of an update, without communication. share: of the peak that matrix products reach. trained: the share of
+    responses that has an advantage."""
+    compute = trained * training_flops(shape, work) / (gpus * share * machine.flops)
+    return compute + pass_s(shape, machine, work, gpus, trained)
+
+# %% ../nbs/E9_scaling.ipynb #a08b2624
+def rollout_s(shape: Shape, machine: Machine, work: Work, gpus: int) -> float:
+    """Seconds of sampling: decoding steps one after the other, each GPU with its part of the responses.
+
+    A step waits for the host, by layers and by sequences; and it reads the weights and the cache of all its sequences,
+    which is half full on average. Several engines on a GPU share it, and count as one. Prompts are not counted."""
+    sequences = work.responses / gpus
+    waits = machine.decode_s * shape.layers + machine.sequence_s * sequences
+    cache = sequences * (work.prompt + work.response / 2) * shape.cache_bytes
+    return work.response * (waits + (2 * shape.weights + cache) / machine.memory)
+
+# %% ../nbs/E9_scaling.ipynb #67384d6a
+def sum_s(n_bytes: float, calls: int, machine: Machine, gpus: int) -> float:
+    """Seconds to add tensors up over all GPUs: a ring within each host, then between hosts, each GPU with its part."""
+    inside, hosts = min(gpus, machine.host), math.ceil(gpus / machine.host)
+    ring = 2 * (inside - 1) / inside * n_bytes / machine.link
+    between = 2 * (hosts - 1) / hosts * n_bytes / inside / machine.network
+    return ring + between + (calls * machine.latency if gpus > 1 else 0)
+
+
+def trainer_bytes(shape: Shape, gpus: int) -> float:
+    """Of weights, gradients and optimizer states on each GPU with sharded layers; activations and engine come on top."""
+    return 16 * (shape.layer_weights / gpus + shape.weights - shape.layer_weights)
+
+
+def step_parts(shape: Shape, machine: Machine, work: Work, gpus: int, share: float, trained: float = 1.0,
+               sharded: bool = False) -> dict[str, float]:
+    """Seconds of a GRPO step by phase, nothing overlapped. Grading and new weights for the engine are not counted.
+
+    Sharded, each pass gathers the layers twice in bfloat16 and adds their gradients up in float32: half of a sum each."""
+    whole = shape.weights - shape.layer_weights if sharded else shape.weights
+    sums = sum_s(4 * whole, 12 * shape.layers, machine, gpus)
+    if sharded:
+        passes = math.ceil(trained * work.tokens / work.pass_tokens / gpus)
+        sums += passes * sum_s(shape.layer_weights * (2 + 2 + 4) / 2, 3 * shape.layers, machine, gpus)
+    return {"rollout": rollout_s(shape, machine, work, gpus), "update": update_s(shape, machine, work, gpus, share, trained),
+            "communication": sums}
