@@ -52,7 +52,7 @@ def told(*kinds: type[Exception]) -> Iterator[None]:
 def only_after_the_command(context: typer.Context) -> None:
     """Refuses options before a command: they would be those of the single run, and do nothing; and a launcher (E9)."""
     if launched() > 1:
-        stop(f"{context.invoked_subcommand} runs side by side already: a launcher is for the single run. Start it alone")
+        stop(f"{context.invoked_subcommand} puts runs side by side: a launcher is for the single run")
     for option in context.command.params:
         if context.get_parameter_source(option.name).name == "COMMANDLINE":
             stop(f"{option.opts[0]} belongs behind the command: {context.invoked_subcommand} {option.opts[0]} …")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ['GROUPS', 'SMOLLM2', 'QWEN_1_5B', 'QWEN_7B', 'rank', 'processes', 'launched', 'speaks', 'take_own_gpu', 'joined',
            'everyones', 'agreed', 'totals', 'sum_over_ranks', 'sum_gradients', 'on_rank_zero', 'deal', 'share_of_rank',
            'in_shares', 'is_shard', 'is_sharded', 'full', 'shard_layers', 'clip_gradients', 'kinds_of_parameters',
-           'whole', 'cut_as', 'WholeModel', 'WholeOptimizer', 'checkpoint_parts', 'Shape', 'Machine', 'Work',
+           'whole', 'cut_as', 'WholeModel', 'WholeOptimizer', 'checkpoint_parts', 'ModelShape', 'Machine', 'Work',
            'training_flops', 'pass_s', 'update_s', 'rollout_s', 'sum_s', 'trainer_bytes', 'step_parts']
 
 # %% ../nbs/E9_scaling.ipynb #47f9f0c3
@@ -41,7 +41,7 @@ def processes() -> int:
     """How many processes work together; 1 unless they were `joined`."""
     return group.get_world_size() if (group := _group()) else 1
 
-# %% ../nbs/E9_scaling.ipynb #eea73c79
+# %% ../nbs/E9_scaling.ipynb #b7c0932c
 GROUPS: dict[str, Any] = {}  # for Python objects, through the CPU: "objects", and "engine" for a thread that samples
 
 
@@ -60,7 +60,7 @@ def take_own_gpu() -> None:
     number, visible = int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else None
     if gpus and number >= len(gpus):
-        raise ValueError(f"more processes than GPUs: CUDA_VISIBLE_DEVICES={visible}, and this is local process {number}")
+        raise ValueError(f"more processes than GPUs: CUDA_VISIBLE_DEVICES={visible}, this is local process {number}")
     if visible != "":
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number] if gpus else str(number)
 
@@ -88,7 +88,7 @@ def joined() -> Iterator[None]:
     GROUPS.clear()
     state.destroy_process_group()  # not after an error: the others may never come
 
-# %% ../nbs/E9_scaling.ipynb #e68f8243
+# %% ../nbs/E9_scaling.ipynb #5f1baf22
 def everyones(own: Any, group: str = "objects") -> list:
     """`own` of every process, by rank. A collective call: all processes must make it, in the same order."""
     if processes() == 1:
@@ -107,8 +107,10 @@ def agreed(asked: bool) -> bool:
 
 def totals(numbers: dict[str, float]) -> dict[str, float]:
     """Sums over all processes, by name; a process may lack some, or all."""
+    if processes() == 1:
+        return numbers
     parts = everyones(numbers)
-    return parts[0] if len(parts) == 1 else {k: sum(p.get(k, 0.0) for p in parts) for k in {k: 0 for p in parts for k in p}}
+    return {name: sum(p.get(name, 0.0) for p in parts) for name in dict.fromkeys(k for p in parts for k in p)}
 
 # %% ../nbs/E9_scaling.ipynb #ef153d36
 def sum_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
@@ -160,10 +162,10 @@ def share_of_rank(sizes: Sequence[float]) -> list[int]:
     """The numbers of the pieces that are this process's."""
     return deal(sizes, processes())[rank()]
 
-# %% ../nbs/E9_scaling.ipynb #72922fec
+# %% ../nbs/E9_scaling.ipynb #0a13035e
 def in_shares(work: Callable[..., Sequence], *columns: Sequence, sizes: Sequence[float] | None = None,
               together: int = 1, group: str = "objects") -> Sequence:
-    """`work(*columns)`, which gives a result for each row, made by all processes together: each has all results, in order.
+    """`work(*columns)`, a result for each row, made by all processes together: each has all results, in order.
 
     sizes: of the rows, to balance the work. together: rows that stay in one process. A collective call."""
     if processes() == 1:
@@ -193,20 +195,20 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a shard, in each process (a collective call); any other tensor as it is."""
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
-# %% ../nbs/E9_scaling.ipynb #854e88c2
+# %% ../nbs/E9_scaling.ipynb #8e922301
 def shard_layers(model: nn.Module) -> None:
     """Spreads weights, gradients and optimizer states of the decoder layers over all processes (FSDP2), in place.
 
     A layer is whole only while it runs. Embeddings, last norm and output layer, which the packed step calls by
     themselves, stay whole in each. Gradients are added up. Raises ValueError in a process that is alone."""
     if processes() == 1:
-        raise ValueError("nothing to share the layers with: start several processes, as in accelerate launch --multi_gpu")
+        raise ValueError("nothing to share the layers with: start several processes with accelerate launch")
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    gpu = model.device.type == "cuda"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if gpu else MixedPrecisionPolicy()
+    half = (torch.bfloat16, torch.float32) if model.device.type == "cuda" else ()  # layers gathered, gradients added in
+    policy = MixedPrecisionPolicy(*half, cast_forward_inputs=False)
     mesh = init_device_mesh(model.device.type, (processes(),))
     for layer in model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # also after one without gradient
@@ -250,7 +252,7 @@ def cut_as(value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
 
-# %% ../nbs/E9_scaling.ipynb #d71f32cf
+# %% ../nbs/E9_scaling.ipynb #ab3ec574
 @dataclass
 class WholeModel:
     """A sharded model with the state of one that is not: so a run can go on with any number of processes."""
@@ -263,7 +265,7 @@ class WholeModel:
         own = self.model.state_dict()
         self.model.load_state_dict({name: cut_as(value, own[name]) for name, value in state.items()})
 
-
+# %% ../nbs/E9_scaling.ipynb #be8361cc
 @dataclass
 class WholeOptimizer:
     """The same for its optimizer (AdamW): one group, parameters numbered as the model has them."""
@@ -273,7 +275,8 @@ class WholeOptimizer:
     def state_dict(self) -> dict:
         parameters, state = list(self.model.parameters()), self.optimizer.state
         kept = {i: {k: whole(v) for k, v in state[p].items()} for i, p in enumerate(parameters) if p in state}
-        return {"state": kept, "param_groups": [self.optimizer.param_groups[0] | {"params": list(range(len(parameters)))}]}
+        group = self.optimizer.param_groups[0] | {"params": list(range(len(parameters)))}
+        return {"state": kept, "param_groups": [group]}
 
     def load_state_dict(self, saved: dict) -> None:
         for i, p in enumerate(self.model.parameters()):
@@ -281,16 +284,16 @@ class WholeOptimizer:
             self.optimizer.state[p] |= {k: v.to(p.device) if k == "step" and self.optimizer.defaults["fused"]
                                         else v if k == "step" else cut_as(v, p) for k, v in one.items()}
 
-
+# %% ../nbs/E9_scaling.ipynb #084ebdb4
 def checkpoint_parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """What a checkpoint of a run holds, the same whether it is sharded or not."""
     if is_sharded(model):
         return {"model": WholeModel(model), "optimizer": WholeOptimizer(model, optimizer)}
     return {"model": model, "optimizer": optimizer}
 
-# %% ../nbs/E9_scaling.ipynb #24167ead
+# %% ../nbs/E9_scaling.ipynb #013fd52f
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """The sizes of a Llama-like model that decide its cost."""
     layers: int
     hidden: int
@@ -316,10 +319,10 @@ class Shape:
         """Of one token's keys and values in bfloat16."""
         return 2 * 2 * self.layers * self.hidden * self.kv_heads // self.heads
 
-
-SMOLLM2 = Shape(30, 576, 1536, 9, 3, 49_152)  # from the models' config.json
-QWEN_1_5B = Shape(28, 1536, 8960, 12, 2, 151_936)
-QWEN_7B = Shape(28, 3584, 18_944, 28, 4, 152_064, tied=False)
+# %% ../nbs/E9_scaling.ipynb #1a714674
+SMOLLM2 = ModelShape(30, 576, 1536, 9, 3, 49_152)  # from the models' config.json
+QWEN_1_5B = ModelShape(28, 1536, 8960, 12, 2, 151_936)
+QWEN_7B = ModelShape(28, 3584, 18_944, 28, 4, 152_064, tied=False)
 
 # %% ../nbs/E9_scaling.ipynb #82bf6430
 @dataclass(frozen=True)
@@ -335,7 +338,7 @@ class Machine:
     latency: float = 30e-6  # s a collective call: an assumption
     host: int = 8  # GPUs
 
-# %% ../nbs/E9_scaling.ipynb #453ea37f
+# %% ../nbs/E9_scaling.ipynb #97162787
 @dataclass(frozen=True)
 class Work:
     """One rollout batch: responses, tokens of each prompt and response (means), and tokens of a forward pass."""
@@ -349,33 +352,33 @@ class Work:
         return self.responses * (self.prompt + self.response)
 
 
-def training_flops(shape: Shape, work: Work) -> float:
+def training_flops(shape: ModelShape, work: Work) -> float:
     """Of one update on all responses: 6 a weight and token (output layer: response tokens only), and causal attention.
 
-    Forward and backward cost 2 + 4 FLOPs a weight and token (Kaplan et al. 2020, §2.1); attention 6·layers·hidden·length
-    a token, as on average half of the earlier tokens are seen."""
+    Forward and backward cost 2 + 4 FLOPs a weight and token (Kaplan et al. 2020, §2.1), attention
+    6·layers·hidden·length a token, as on average half of the earlier tokens are seen."""
     head = 6 * shape.vocab * shape.hidden * work.responses * work.response
     attention = 6 * shape.layers * shape.hidden * (work.prompt + work.response) * work.tokens
     return 6 * shape.layer_weights * work.tokens + head + attention
 
-# %% ../nbs/E9_scaling.ipynb #189b5124
-def pass_s(shape: Shape, machine: Machine, work: Work, gpus: int, trained: float = 1.0) -> float:
+# %% ../nbs/E9_scaling.ipynb #4cc9f888
+def pass_s(shape: ModelShape, machine: Machine, work: Work, gpus: int, trained: float = 1.0) -> float:
     """Seconds that a GPU moves weights in an update: 18 bytes a weight and pass, and 28 for AdamW.
 
-    A pass reads float32 weights and writes their bfloat16 copies (6), writes and reads their gradients (4) and adds them
-    in float32 (8); AdamW reads weight, gradient and two moments, and writes three."""
+    A pass reads float32 weights and writes their bfloat16 copies (6), writes and reads their gradients (4) and adds
+    them in float32 (8); AdamW reads weight, gradient and two moments, and writes three."""
     passes = math.ceil(trained * work.tokens / work.pass_tokens / gpus)
     return (18 * passes + 28) * shape.weights / machine.memory
 
 
-def update_s(shape: Shape, machine: Machine, work: Work, gpus: int, share: float, trained: float = 1.0) -> float:
+def update_s(shape: ModelShape, machine: Machine, work: Work, gpus: int, share: float, trained: float = 1.0) -> float:
     """Seconds of an update, without communication. share: of the peak that matrix products reach. trained: the share of
     responses that has an advantage."""
     compute = trained * training_flops(shape, work) / (gpus * share * machine.flops)
     return compute + pass_s(shape, machine, work, gpus, trained)
 
-# %% ../nbs/E9_scaling.ipynb #a08b2624
-def rollout_s(shape: Shape, machine: Machine, work: Work, gpus: int) -> float:
+# %% ../nbs/E9_scaling.ipynb #9e0c75a2
+def rollout_s(shape: ModelShape, machine: Machine, work: Work, gpus: int) -> float:
     """Seconds of sampling: decoding steps one after the other, each GPU with its part of the responses.
 
     A step waits for the host, by layers and by sequences; and it reads the weights and the cache of all its sequences,
@@ -385,7 +388,7 @@ def rollout_s(shape: Shape, machine: Machine, work: Work, gpus: int) -> float:
     cache = sequences * (work.prompt + work.response / 2) * shape.cache_bytes
     return work.response * (waits + (2 * shape.weights + cache) / machine.memory)
 
-# %% ../nbs/E9_scaling.ipynb #67384d6a
+# %% ../nbs/E9_scaling.ipynb #a68ea3f0
 def sum_s(n_bytes: float, calls: int, machine: Machine, gpus: int) -> float:
     """Seconds to add tensors up over all GPUs: a ring within each host, then between hosts, each GPU with its part."""
     inside, hosts = min(gpus, machine.host), math.ceil(gpus / machine.host)
@@ -394,20 +397,20 @@ def sum_s(n_bytes: float, calls: int, machine: Machine, gpus: int) -> float:
     return ring + between + (calls * machine.latency if gpus > 1 else 0)
 
 
-def trainer_bytes(shape: Shape, gpus: int) -> float:
-    """Of weights, gradients and optimizer states on each GPU with sharded layers; activations and engine come on top."""
+def trainer_bytes(shape: ModelShape, gpus: int) -> float:
+    """Of weights, gradients, optimizer states on each GPU with sharded layers; activations and engine come on top."""
     return 16 * (shape.layer_weights / gpus + shape.weights - shape.layer_weights)
 
 
-def step_parts(shape: Shape, machine: Machine, work: Work, gpus: int, share: float, trained: float = 1.0,
+def step_parts(shape: ModelShape, machine: Machine, work: Work, gpus: int, share: float, trained: float = 1.0,
                sharded: bool = False) -> dict[str, float]:
     """Seconds of a GRPO step by phase, nothing overlapped. Grading and new weights for the engine are not counted.
 
-    Sharded, each pass gathers the layers twice in bfloat16 and adds their gradients up in float32: half of a sum each."""
+    Sharded, each pass gathers the layers twice in bfloat16, and adds their gradients up in float32: half a sum each."""
     whole = shape.weights - shape.layer_weights if sharded else shape.weights
     sums = sum_s(4 * whole, 12 * shape.layers, machine, gpus)
     if sharded:
         passes = math.ceil(trained * work.tokens / work.pass_tokens / gpus)
         sums += passes * sum_s(shape.layer_weights * (2 + 2 + 4) / 2, 3 * shape.layers, machine, gpus)
-    return {"rollout": rollout_s(shape, machine, work, gpus), "update": update_s(shape, machine, work, gpus, share, trained),
-            "communication": sums}
+    return {"rollout": rollout_s(shape, machine, work, gpus), "communication": sums,
+            "update": update_s(shape, machine, work, gpus, share, trained)}

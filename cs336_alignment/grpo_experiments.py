@@ -83,8 +83,7 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
          shard: Annotated[bool, Option("layers over the launcher's processes (FSDP2)")] = False):
     """One GRPO run (CS336 assignment 5, §7), or with a command an experiment of §8.
 
-    A killed run goes on from its last checkpoint; Ctrl-C stops it after the step. On several GPUs:
-    accelerate launch --multi_gpu -m cs336_alignment.grpo_experiments …"""
+    A killed run goes on from its last checkpoint; Ctrl-C stops it after the step. Several GPUs: notebook E9."""
     if context.invoked_subcommand:
         return only_after_the_command(context)
     with told():  # mistakes show before anything is loaded

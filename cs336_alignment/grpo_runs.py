@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['State', 'run_problems', 'evaluate_run', 'next_rollouts', 'run_step', 'stop_on_interrupt', 'RunStopped', 'steps_taken',
-           'stops_saved', 'use_engine', 'start', 'log_step', 'run_steps', 'keep', 'run_grpo']
+           'stops_saved', 'use_engine', 'start', 'log_step', 'run_steps', 'keep', 'prepared_policy', 'run_grpo']
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #8ead2c74
 import signal
@@ -215,6 +215,18 @@ def keep(s: State, name: str) -> None:
 
     on_rank_zero(save)
 
+# %% ../nbs/E7_loop_in_earnest.ipynb #8f36c03e
+def prepared_policy(config: GRPOConfig, compiled: bool, shard: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The start policy in float32 and its tokenizer; its layers compiled, or spread over all processes (E9)."""
+    if shard and compiled:
+        raise ValueError("shard and compiled together are not tested: leave one out")
+    policy, tokenizer = load_policy(config.model, dtype="float32")
+    if shard:
+        shard_layers(policy)
+    if compiled:
+        compile_policy(policy)
+    return policy, tokenizer
+
 # %% ../nbs/E7_loop_in_earnest.ipynb #481c6204
 def run_grpo(config: GRPOConfig, engine: Engine | None = None, root: Path | str | None = None, force: bool = False,
              progress: bool | None = None, mirror: bool = True, keep_policy: bool = True, pass_tokens: int = 16_384,
@@ -229,13 +241,7 @@ def run_grpo(config: GRPOConfig, engine: Engine | None = None, root: Path | str 
     with open_run(config, root, force, mirror) as run:
         if run.summary:
             return run.summary
-        policy, tokenizer = load_policy(config.model, dtype="float32")
-        if shard and compiled:
-            raise ValueError("shard and compiled together are not tested: leave one out")
-        if shard:
-            shard_layers(policy)
-        if compiled:
-            compile_policy(policy)
+        policy, tokenizer = prepared_policy(config, compiled, shard)
         with (use_engine(config, policy, tokenizer, engine, **engine_options) as engine,
               ThreadPoolExecutor(1) as pool, stop_on_interrupt() as stop_asked):
             s = start(config, run, policy, tokenizer, engine, pool, pass_tokens)

@@ -251,8 +251,8 @@ class Engine(Lifecycle):
         """`sampling.n` completions for each prompt (strings or token id lists), in order.
 
         With a seed, results depend on neither the batch size nor the number of replicas (up to rounding: other batches
-        add in another order). Several processes (E9) share the prompts, and all have all completions. progress: whether to show a bar, or a function to call instead (`Tick`). Raises
-        ValueError naming the prompt that cannot be used.
+        add in another order). Several processes (E9) share the prompts, and all have all completions. progress: whether
+        to show a bar, or a function to call instead (`Tick`). Raises ValueError naming the prompt that cannot be used.
         """
         if self.closed:
             raise RuntimeError("this engine is closed")

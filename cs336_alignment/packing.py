@@ -76,7 +76,8 @@ def pack_rows(lengths: Sequence[int], max_tokens: int, multiple: int = 1) -> lis
             raise ValueError(f"row {i} has {n} tokens, more than max_tokens={max_tokens}: raise it or drop the row")
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     fewest = max(1, math.ceil(sum(lengths) / max_tokens))
-    for n_bins in range(-fewest // multiple * -multiple, len(lengths) + multiple, multiple):  # one bin a row always fits
+    first = math.ceil(fewest / multiple) * multiple
+    for n_bins in range(first, len(lengths) + multiple, multiple):  # one bin a row always fits
         bins = [(0, b, []) for b in range(n_bins)]  # a heap: the emptiest bin is first
         for i in order:
             tokens, b, rows = bins[0]
@@ -328,9 +329,9 @@ def accumulate_gradients(model: PreTrainedModel, examples: Sequence[Example], lo
     """Adds the gradient of a whole batch to `.grad`, in micro-batches of at most `max_tokens` tokens.
 
     temperature: that the responses were sampled at; log-probs and entropy are of that policy. The result does not
-    depend on `max_tokens` beyond rounding. Examples with an empty response are skipped. Returns the
-    batch's `loss`; means over response tokens of `entropy`, `log_prob` and what `loss_fn` logs; counts.
-    Several processes (E9) share the micro-batches: each has its part of the gradient, and all have the same numbers.
+    depend on `max_tokens` beyond rounding. Examples with an empty response are skipped. Returns the batch's `loss`;
+    means over response tokens of `entropy`, `log_prob` and what `loss_fn` logs; counts. Several processes (E9) share
+    the micro-batches: each has its part of the gradient, and all have the same numbers.
     Raises ValueError if no response token is left, or a row exceeds `max_tokens` or the model's context.
     """
     filled = [e for e in examples if len(e.response_ids)]
@@ -344,10 +345,9 @@ def accumulate_gradients(model: PreTrainedModel, examples: Sequence[Example], lo
     for packed in micro_batches:
         for name, x in backward_in_slices(model, packed, loss_fn, max_logits, temperature).items():
             sums[name] += x
-    if is_sharded(model):  # all processes must take part in each pass
-        nothing = pack([replace(filled[0], side={**filled[0].side, "weight": 0.0})], model.device, dtype)
-        for _ in range(own.count([])):
-            backward_in_slices(model, nothing, loss_fn, max_logits, temperature)
+    if is_sharded(model):  # its layers need all processes in each pass: one without rows passes an example of weight 0
+        idle = pack([replace(filled[0], side={**filled[0].side, "weight": 0.0})], model.device, dtype)
+        [backward_in_slices(model, idle, loss_fn, max_logits, temperature) for _ in range(own.count([]))]
     n = sum(len(e.response_ids) for e in filled)
     sums = totals({name: float(x) for name, x in sums.items()})
     means = {name: x / (1 if name == "loss" else n) for name, x in sums.items()}

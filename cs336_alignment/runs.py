@@ -738,7 +738,7 @@ def open_run(config: dict | Config, root: Path | str | None = None, force: bool 
         finally:
             stop_mirror(run.mirror)
 
-
+# %% ../nbs/E4_runs.ipynb #d55e3b13
 def finished(run: Run) -> dict | None:
     """The summary of a run that is finished, whose folder is tidied; else None. Raises RunConflict."""
     if summary := read_summary(run.folder):
@@ -782,7 +782,7 @@ def finish_run(run: Run, **more) -> dict:
     run.summary = on_rank_zero(lambda: write_summary(run, more))
     return run.summary
 
-
+# %% ../nbs/E4_runs.ipynb #56c72c51
 def write_summary(run: Run, more: dict) -> dict:
     """What `finish_run` does, in the process that writes."""
     summary = summarise_log(run.config, read_metrics(run.folder)) | more

@@ -317,7 +317,6 @@ EI = ei_config("micro", model="tiny", questions=4, group_size=4, n_ei_steps=2, b
 
 def finetune(root, work, config):
     models.load_policy, models.save_policy = double_policy, lambda *args: (root / "saved").open("a").write("once\n")
-
     runs.environment, log.reward_fn_of = lambda: {"gpu": None}, lambda prompt: digits_reward
     sft_math_reasoning_ei.reward_fn_of = lambda prompt: digits_reward
     with contextlib.redirect_stdout(io.StringIO()):
@@ -340,12 +339,12 @@ SETTINGS = {"rollout_batch_size": 16, "train_batch_size": 16, "group_size": 4, "
             "eval_every": 20, "checkpoint_every": 2}
 
 
-def launch(n, root, steps=20, *more):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend",
-               "no", "--num_processes", str(n), "--main_process_port", "0", "-m"] if n > 1 else [sys.executable, "-m"]
+def launch(n, root, steps=8):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(n), "--main_process_port", "0", "-m"] if n > 1 else [sys.executable, "-m"]
     options = [x for k, v in SETTINGS.items() for x in ("--set", f"{k}={v}")]
-    return subprocess.Popen([*command, "cs336_alignment.grpo_experiments", *more, *(["--track", "micro", "--variant", "v",
-                             "--steps", str(steps), "--root", str(root), *options] if not more else [])],
+    return subprocess.Popen([*command, "cs336_alignment.grpo_experiments", "--track", "micro", "--variant", "v", "--steps",
+                             str(steps), "--root", str(root), *options],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=data.repo_root(),
                             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
@@ -364,7 +363,7 @@ def test_a_killed_process_stops_the_job_which_goes_on_alone(tmp_path):
     alone = launch(1, tmp_path)
     out, error = alone.communicate(timeout=120)
     assert alone.returncode == 0, error
-    assert "goes on after step" in out and [line["step"] for line in read_metrics(folder)] == list(range(21))
+    assert "goes on after step" in out and [line["step"] for line in read_metrics(folder)] == list(range(9))
     known = json.loads((folder / "environment.json").read_text())
     assert known["processes"] == 2 and "processes" not in known["resumed"][0]
 
@@ -372,4 +371,4 @@ def test_a_killed_process_stops_the_job_which_goes_on_alone(tmp_path):
 def test_experiments_refuse_a_launcher():
     done = subprocess.run([sys.executable, "-m", "cs336_alignment.grpo_experiments", "lr-sweep"], capture_output=True, text=True,
                           cwd=data.repo_root(), env=os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
-    assert done.returncode == 2 and done.stderr.startswith("error: lr-sweep runs side by side") and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith("error: lr-sweep puts runs side by side") and done.stderr.count("\n") == 1
