@@ -216,7 +216,8 @@ def keep(s: State, name: str) -> None:
     on_rank_zero(save)
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #8f36c03e
-def prepared_policy(config: GRPOConfig, compiled: bool, shard: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def prepared_policy(config: GRPOConfig, compiled: bool,
+                    shard: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The start policy in float32 and its tokenizer; its layers compiled, or spread over all processes (E9)."""
     if shard and compiled:
         raise ValueError("shard and compiled together are not tested: leave one out")
@@ -235,7 +236,7 @@ def run_grpo(config: GRPOConfig, engine: Engine | None = None, root: Path | str 
 
     engine: kept open; default: one is made with `engine_options` (replicas, …) and closed. keep_policy: save the policy
     in the cache. compiled: its layers. shard: them over all processes. force, mirror: see `open_run`. `joined`
-    processes (E9) share all work. Raises RunStopped, RunConflict, ValueError for `shard` with one process or `compiled`.
+    processes (E9) share all work. Raises RunStopped, RunConflict, ValueError for `shard` alone or with `compiled`.
     """
     name = policy_name(asdict(config))
     with open_run(config, root, force, mirror) as run:

@@ -6,7 +6,7 @@
 __all__ = ['MAX_LOGITS', 'LossFn', 'Example', 'ended', 'make_examples', 'pack_rows', 'Packed', 'pack', 'pack_side',
            'packed_attention', 'looped_attention', 'register_varlen', 'compute_dtype', 'mixed_precision', 'packed_mode',
            'hidden_states', 'token_log_probs', 'fused_token_log_probs', 'head_log_probs', 'response_slices',
-           'packed_log_probs', 'sft_loss', 'sft_examples', 'backward_in_slices', 'accumulate_gradients',
+           'packed_log_probs', 'sft_loss', 'sft_examples', 'backward_in_slices', 'accumulate_gradients', 'idle_passes',
            'check_context', 'train_step', 'make_optimizer', 'compile_policy']
 
 # %% ../nbs/E3_packed_training.ipynb #216aa7cb
@@ -331,8 +331,8 @@ def accumulate_gradients(model: PreTrainedModel, examples: Sequence[Example], lo
     temperature: that the responses were sampled at; log-probs and entropy are of that policy. The result does not
     depend on `max_tokens` beyond rounding. Examples with an empty response are skipped. Returns the batch's `loss`;
     means over response tokens of `entropy`, `log_prob` and what `loss_fn` logs; counts. Several processes (E9) share
-    the micro-batches: each has its part of the gradient, and all have the same numbers.
-    Raises ValueError if no response token is left, or a row exceeds `max_tokens` or the model's context.
+    the micro-batches: each has its part of the gradient, and all have the same numbers. Raises ValueError if no
+    response token is left, or a row exceeds `max_tokens` or the model's context.
     """
     filled = [e for e in examples if len(e.response_ids)]
     if not filled:
@@ -345,14 +345,21 @@ def accumulate_gradients(model: PreTrainedModel, examples: Sequence[Example], lo
     for packed in micro_batches:
         for name, x in backward_in_slices(model, packed, loss_fn, max_logits, temperature).items():
             sums[name] += x
-    if is_sharded(model):  # its layers need all processes in each pass: one without rows passes an example of weight 0
-        idle = pack([replace(filled[0], side={**filled[0].side, "weight": 0.0})], model.device, dtype)
-        [backward_in_slices(model, idle, loss_fn, max_logits, temperature) for _ in range(own.count([]))]
-    n = sum(len(e.response_ids) for e in filled)
-    sums = totals({name: float(x) for name, x in sums.items()})
+    idle_passes(model, own.count([]), filled[0], loss_fn)
+    n, sums = sum(len(e.response_ids) for e in filled), totals({name: float(x) for name, x in sums.items()})
     means = {name: x / (1 if name == "loss" else n) for name, x in sums.items()}
     return means | {"tokens": sum(map(len, filled)), "response_tokens": n, "micro_batches": sum(map(bool, bins)),
                     "empty_responses": len(examples) - len(filled)}
+
+# %% ../nbs/E3_packed_training.ipynb #38732c1b
+def idle_passes(model: PreTrainedModel, n: int, example: Example, loss_fn: LossFn) -> None:
+    """n passes that add nothing to the gradient, in a process that has no rows for them: of one example, weight 0.
+
+    Only where layers are sharded: these need all processes in each pass."""
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    for _ in range(n if is_sharded(model) else 0):
+        nothing = pack([replace(example, side={**example.side, "weight": 0.0})], model.device, dtype)
+        backward_in_slices(model, nothing, loss_fn)
 
 # %% ../nbs/E3_packed_training.ipynb #09aa1c0d
 def check_context(model: PreTrainedModel, examples: Sequence[Example]) -> None:
