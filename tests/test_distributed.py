@@ -2,8 +2,9 @@
 
 The processes are forked, so that imports are paid for once; one test starts them with `accelerate launch`. The policy is
 tiny and in float64: what differs is the order of sums, not a sampled token."""
-import contextlib, io, json, os, signal, socket, subprocess, sys, time, traceback
+import contextlib, io, json, os, shutil, signal, socket, subprocess, sys, time, traceback
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import psutil, pytest, torch
 
@@ -174,12 +175,26 @@ def train(root, config=CONFIG, **options):
     return summary, out.getvalue()
 
 
+OTHER = replace(CONFIG, variant="other", epochs_per_rollout_batch=2, kl_coef=0.01, tis_cap=2.0, overlap=True)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run of one process."""
+    """The run of one process; another with a KL term, importance weights and rollouts that are sampled ahead."""
     root = tmp_path_factory.mktemp("whole")
     assert kills.ended_by(kills.in_child(lambda: train(root))) == 0
+    assert kills.ended_by(kills.in_child(lambda: train(root, OTHER, engine=own_engine()))) == 0
     return root
+
+
+def own_engine():
+    """With weights of its own."""
+    return TransformersEngine(*double_policy(), batch_size=64)
+
+
+def test_old_log_probs_reference_and_sampling_ahead_are_shared_too(tmp_path, whole):
+    together(2, lambda: train(tmp_path, OTHER, engine=own_engine()), tmp_path)
+    assert_same_run(tmp_path, whole, OTHER)
 
 
 def assert_same_run(root, whole, config=CONFIG):
@@ -197,8 +212,8 @@ def test_a_run_of_two_is_the_run_of_one_and_everything_is_done_once(tmp_path, wh
     (first, said), (second, _) = together(2, lambda: train(tmp_path), tmp_path)
     assert_same_run(tmp_path, whole)
     assert first["final"] == second["final"] and first["steps"] == 4
-    for name in ("graded", "saved"):
-        assert (tmp_path / name).read_text() == (whole / name).read_text(), name
+    lines = lambda name: (tmp_path / name).read_text().split()
+    assert lines("saved") == ["once"] and len(lines("graded")) == 4 * 16 + 3 * 10  # steps, evaluations
     folder = run_folder(asdict(CONFIG), tmp_path)
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in run_folder(asdict(CONFIG), whole).iterdir())
     assert [line["step"] for line in read_metrics(folder)] == [0, 1, 2, 3, 4]
@@ -288,7 +303,7 @@ def test_sharded_layers_make_the_updates_of_one_process(tmp_path, name):
 
 @pytest.mark.parametrize("before, after", [((2, True), (1, False)), ((1, False), (2, True)), ((2, True), (3, True))])
 def test_a_sharded_run_goes_on_with_another_number(tmp_path, whole, before, after):
-    for (n, shard), engine in ((before, Interrupted), (after, lambda: TransformersEngine(*double_policy(), batch_size=64))):
+    for (n, shard), engine in ((before, Interrupted), (after, own_engine)):
         results = together(n, lambda: train(tmp_path, engine=engine(), shard=shard), tmp_path)
     assert all(summary["steps"] == 4 for summary, _ in results)
     assert_same_run(tmp_path, whole)
@@ -339,18 +354,18 @@ SETTINGS = {"rollout_batch_size": 16, "train_batch_size": 16, "group_size": 4, "
             "eval_every": 20, "checkpoint_every": 2}
 
 
-def launch(n, root, steps=8):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(n), "--main_process_port", "0", "-m"] if n > 1 else [sys.executable, "-m"]
+def launch(root):
+    """The command of notebook E9 with two processes, eight small steps."""
     options = [x for k, v in SETTINGS.items() for x in ("--set", f"{k}={v}")]
-    return subprocess.Popen([*command, "cs336_alignment.grpo_experiments", "--track", "micro", "--variant", "v", "--steps",
-                             str(steps), "--root", str(root), *options],
+    return subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                             "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m",
+                             "cs336_alignment.grpo_experiments", "--track", "micro", "--variant", "v", "--steps", "8", "--root", root, *options],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=data.repo_root(),
                             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
 def test_a_killed_process_stops_the_job_which_goes_on_alone(tmp_path):
-    job, folder = launch(2, tmp_path), tmp_path / "grpo_micro" / "v_seed0"
+    job, folder = launch(tmp_path), tmp_path / "grpo_micro" / "v_seed0"
     until = time.monotonic() + 120
     while len(read_metrics(folder)) < 4 and job.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
@@ -360,10 +375,9 @@ def test_a_killed_process_stops_the_job_which_goes_on_alone(tmp_path):
     assert job.returncode not in (0, None) and "Signal 9 (SIGKILL)" in error
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers.values())
     assert not (folder / "summary.json").exists() and runs.find_checkpoint(folder)
-    alone = launch(1, tmp_path)
-    out, error = alone.communicate(timeout=120)
-    assert alone.returncode == 0, error
-    assert "goes on after step" in out and [line["step"] for line in read_metrics(folder)] == list(range(9))
+    config = grpo_config("micro", variant="v", n_grpo_steps=8, **SETTINGS)
+    assert kills.ended_by(kills.in_child(lambda: grpo_runs.run_grpo(config, root=tmp_path, mirror=False, keep_policy=False))) == 0
+    assert [line["step"] for line in read_metrics(folder)] == list(range(9))
     known = json.loads((folder / "environment.json").read_text())
     assert known["processes"] == 2 and "processes" not in known["resumed"][0]
 
@@ -372,3 +386,36 @@ def test_experiments_refuse_a_launcher():
     done = subprocess.run([sys.executable, "-m", "cs336_alignment.grpo_experiments", "lr-sweep"], capture_output=True, text=True,
                           cwd=data.repo_root(), env=os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
     assert done.returncode == 2 and done.stderr.startswith("error: lr-sweep puts runs side by side") and done.stderr.count("\n") == 1
+
+
+# --- machines
+
+CABLE = """
+ip link set lo up; unshare -n sleep 100 & other=$!; sleep 0.3
+ip link add va type veth peer name vb; ip link set vb netns $other
+ip addr add 10.77.0.1/24 dev va; ip link set va up
+nsenter -t $other -n sh -c "ip link set lo up; ip addr add 10.77.0.2/24 dev vb; ip link set vb up"
+RANK=1 GLOO_SOCKET_IFNAME=vb nsenter -t $other -n "$@" & second=$!
+RANK=0 GLOO_SOCKET_IFNAME=va "$@"; first=$?; wait $second && kill $other && exit $first
+"""
+
+
+def machine(root):
+    """One process on a machine of its own."""
+    with joined():
+        train(Path(root))
+
+
+def can_have_networks():
+    return shutil.which("ip") and subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_have_networks(), reason="no network namespaces here")
+def test_two_machines_make_one_run(tmp_path, whole):
+    """Two network namespaces with a cable between them, which see the same folder."""
+    work = [sys.executable, "-c", "import sys; sys.path.insert(0, 'tests'); import test_distributed as t; t.machine(sys.argv[1])", tmp_path]
+    done = subprocess.run(["unshare", "-rn", "bash", "-c", CABLE, "cable", *work], capture_output=True, text=True, cwd=data.repo_root(),
+                          env=os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.77.0.1",
+                                            "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(data.repo_root())})
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path, whole)
