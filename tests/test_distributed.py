@@ -2,7 +2,7 @@
 
 The processes are forked, so that imports are paid for once; one test starts them with `accelerate launch`. The policy is
 tiny and in float64: what differs is the order of sums, not a sampled token."""
-import contextlib, io, json, os, shutil, signal, socket, subprocess, sys, time, traceback
+import contextlib, ctypes, io, json, os, shutil, signal, socket, subprocess, sys, time, traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -390,20 +390,37 @@ def test_experiments_refuse_a_launcher():
 
 # --- machines
 
-CABLE = """
-ip link set lo up; unshare -n sleep 100 & other=$!; sleep 0.3
-ip link add va type veth peer name vb; ip link set vb netns $other
-ip addr add 10.77.0.1/24 dev va; ip link set va up
-nsenter -t $other -n sh -c "ip link set lo up; ip addr add 10.77.0.2/24 dev vb; ip link set vb up"
-RANK=1 GLOO_SOCKET_IFNAME=vb nsenter -t $other -n "$@" & second=$!
-RANK=0 GLOO_SOCKET_IFNAME=va "$@"; first=$?; wait $second && kill $other && exit $first
-"""
+def leave(flags):
+    """Puts this process into new namespaces (CLONE_NEWUSER, CLONE_NEWNET). Raises OSError."""
+    if ctypes.CDLL(None, use_errno=True).unshare(flags):
+        raise OSError(ctypes.get_errno(), "unshare")
 
 
-def machine(root):
-    """One process on a machine of its own."""
-    with joined():
-        train(Path(root))
+def ip(*lines):
+    for line in lines:
+        subprocess.run(["ip", *line.split()], check=True)
+
+
+def on_two_machines(work):
+    """`work(k)` in two processes, k = 0 and 1, each in a network of its own, with a cable between them."""
+    user = os.getuid()
+    leave(0x1000_0000 | 0x4000_0000)
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    (there, arrived), (plugged, plug) = os.pipe(), os.pipe()
+
+    def second():
+        leave(0x4000_0000)
+        os.write(arrived, b"!"), os.read(plugged, 1)
+        ip("link set lo up", "addr add 10.77.0.2/24 dev vb", "link set vb up")
+        work(1)
+
+    pid = kills.in_child(second)
+    os.read(there, 1)
+    ip("link add va type veth peer name vb", f"link set vb netns {pid}", "link set lo up", "addr add 10.77.0.1/24 dev va",
+       "link set va up")
+    os.write(plug, b"!")
+    work(0)
+    assert kills.ended_by(pid) == 0
 
 
 def can_have_networks():
@@ -412,10 +429,12 @@ def can_have_networks():
 
 @pytest.mark.skipif(not can_have_networks(), reason="no network namespaces here")
 def test_two_machines_make_one_run(tmp_path, whole):
-    """Two network namespaces with a cable between them, which see the same folder."""
-    work = [sys.executable, "-c", "import sys; sys.path.insert(0, 'tests'); import test_distributed as t; t.machine(sys.argv[1])", tmp_path]
-    done = subprocess.run(["unshare", "-rn", "bash", "-c", CABLE, "cable", *work], capture_output=True, text=True, cwd=data.repo_root(),
-                          env=os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.77.0.1",
-                                            "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(data.repo_root())})
-    assert done.returncode == 0, done.stderr
+    """As far as two network namespaces are two machines; both see the same folder."""
+    def work(k):
+        os.environ.update(RANK=str(k), WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="10.77.0.1",
+                          MASTER_PORT="29500", GLOO_SOCKET_IFNAME="va" if k == 0 else "vb")
+        with joined():
+            train(tmp_path)
+
+    assert kills.ended_by(kills.in_child(lambda: on_two_machines(work))) == 0
     assert_same_run(tmp_path, whole)
