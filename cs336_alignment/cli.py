@@ -17,6 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .distributed import launched, rank, speaks
+
 # %% ../nbs/E10_commands.ipynb #42acfd1e
 TrackName = Annotated[str, typer.Option(help="micro | pocket | course: model, data and prompt that go together")]
 Force = Annotated[bool, typer.Option(help="run again even if a finished run of the same configuration exists")]
@@ -29,9 +31,12 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, say w
 Root = Annotated[Path | None, typer.Option(help="where run folders go (default: results/runs)")]
 
 # %% ../nbs/E10_commands.ipynb #c933c375
-def stop(error: Exception | str) -> None:
-    """Say what is wrong on standard error, after "error: ", and leave with exit status 2."""
-    typer.echo(f"error: {error}", err=True)
+def stop(error: Exception | str, own: bool = False) -> None:
+    """Say what is wrong on standard error, after "error: ", and leave with exit status 2.
+
+    Of several processes (E9) number 0 speaks for all. own: the error may be of this process alone, which says so."""
+    if own or speaks():
+        typer.echo(f"error{'' if speaks() else f' of process {rank()}'}: {error}", err=True)
     raise typer.Exit(2)
 
 
@@ -45,7 +50,9 @@ def told(*kinds: type[Exception]) -> Iterator[None]:
 
 # %% ../nbs/E10_commands.ipynb #0d1a7c42
 def only_after_the_command(context: typer.Context) -> None:
-    """Refuses options before a command: they would be those of the single run, and do nothing."""
+    """Refuses options before a command: they would be those of the single run, and do nothing; and a launcher (E9)."""
+    if launched() > 1:
+        stop(f"{context.invoked_subcommand} puts runs side by side: a launcher is for the single run")
     for option in context.command.params:
         if context.get_parameter_source(option.name).name == "COMMANDLINE":
             stop(f"{option.opts[0]} belongs behind the command: {context.invoked_subcommand} {option.opts[0]} …")

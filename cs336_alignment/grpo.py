@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/12_grpo.ipynb #a8b8bb07
 from .data import Problem, fill_prompt, load_prompt
+from .distributed import in_shares
 from .drgrpo_grader import grade_batch, reward_fn_of
 from .grpo_helper import (compute_group_normalized_rewards, compute_policy_gradient_loss,
                                          group_normalize, grpo_microbatch_train_step)
@@ -279,7 +280,7 @@ def timed(seconds: dict[str, float], name: str):
 def graded_examples(config: GRPOConfig, completions: Sequence[Completion],
                     truths: Sequence[str]) -> tuple[dict[int, Example], dict[str, float]]:
     """The rollouts that have a gradient, by number, with their advantages; and what is logged of the whole batch."""
-    rewards = grade_batch(reward_fn_of(config.prompt), [c.text for c in completions], truths)
+    rewards = in_shares(partial(grade_batch, reward_fn_of(config.prompt)), [c.text for c in completions], truths)
     advantages, statistics = compute_advantages(config, torch.tensor([r["reward"] for r in rewards]))
     examples = {i: e for i, e in enumerate(rollout_examples(completions, advantages))
                 if has_gradient(config, completions[i], e.side["advantage"])}

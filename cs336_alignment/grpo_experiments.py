@@ -24,6 +24,7 @@ import typer
 from .cli import (Changes, GpuShare, Replicas, Root, Seed, TrackName, later, only_after_the_command,
                                  parse_changes, stop, told)
 from .data import fill_prompt, load_prompt, problem_sets
+from .distributed import joined
 from .grpo_settings import NAMED, PRESETS, GRPOConfig, grpo_config
 from .runs import (check_folder, name_part, policy_name, publish, read_metrics, read_summary, read_table,
                                   repo_root, run_folder, variant_name)
@@ -78,10 +79,11 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
          variant: Annotated[str | None, Option("the run's name in its family (default: what differs)")] = None,
          named: Annotated[str | None, Option(" | ".join(NAMED))] = None, settings: Changes = [], replicas: Replicas = 1,
          gpu_memory_utilization: GpuShare = 0.35, pass_tokens: Annotated[int, typer.Option(min=1)] = 16_384,
-         compiled: bool = False, force: bool = False, root: Root = None):
+         compiled: bool = False, force: bool = False, root: Root = None,
+         shard: Annotated[bool, Option("layers over the launcher's processes (FSDP2)")] = False):
     """One GRPO run (CS336 assignment 5, §7), or with a command an experiment of §8.
 
-    A killed run goes on from its last checkpoint; Ctrl-C stops it after the step."""
+    A killed run goes on from its last checkpoint; Ctrl-C stops it after the step. Several GPUs: notebook E9."""
     if context.invoked_subcommand:
         return only_after_the_command(context)
     with told():  # mistakes show before anything is loaded
@@ -89,8 +91,9 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
         config = grpo_command_config(track, given, data, named, settings)
         check_folder(config, root)
         check_problems(config)
-    run_command(config, root, force, pass_tokens=pass_tokens, compiled=compiled, replicas=replicas,
-                gpu_memory_utilization=gpu_memory_utilization)
+    with told(), joined():
+        run_command(config, root, force, pass_tokens=pass_tokens, compiled=compiled, replicas=replicas,
+                    gpu_memory_utilization=gpu_memory_utilization, shard=shard)
 
 # %% ../nbs/13_grpo_experiments.ipynb #b9bdd206
 def run_command(config: GRPOConfig, root: Path | None, force: bool, **options) -> None:
@@ -100,7 +103,7 @@ def run_command(config: GRPOConfig, root: Path | None, force: bool, **options) -
     try:
         summary = run_grpo(config, None, root, force, **options)
     except (ValueError, OSError, RunStopped) as error:
-        stop(error)
+        stop(error, own=isinstance(error, RunStopped))
     if summary:
         print({name: value for name, value in summary["final"].items()})
         print(learning_curve(config, root))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['State', 'run_problems', 'evaluate_run', 'next_rollouts', 'run_step', 'stop_on_interrupt', 'RunStopped', 'steps_taken',
-           'stops_saved', 'use_engine', 'start', 'log_step', 'run_steps', 'run_grpo']
+           'stops_saved', 'use_engine', 'start', 'log_step', 'run_steps', 'keep', 'prepared_policy', 'run_grpo']
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #8ead2c74
 import signal
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #05d6fc98
 from .data import Problem, problem_sets
+from .distributed import agreed, checkpoint_parts, is_sharded, on_rank_zero, shard_layers
 from .grpo import evaluates, grpo_step, sample_rollouts, sampling_params, timed
 from .grpo_settings import GRPOConfig
 from .inference import Completion, Engine
@@ -52,7 +53,7 @@ class State:
     @property
     def parts(self) -> dict:
         """What a checkpoint holds."""
-        return {"model": self.policy, "optimizer": self.optimizer}
+        return checkpoint_parts(self.policy, self.optimizer)
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #e9e6c3f1
 def run_problems(config: GRPOConfig) -> tuple[list[Problem], list[Problem]]:
@@ -135,7 +136,8 @@ def stops_saved(s: State, step: int):
     try:
         yield
     except (FloatingPointError, RuntimeError) as error:
-        if steps_taken(s.optimizer) == before and s.run.step < step - 1:
+        alone = is_sharded(s.policy) and not isinstance(error, FloatingPointError)  # the others have not failed
+        if steps_taken(s.optimizer) == before and s.run.step < step - 1 and not alone:
             save_checkpoint(s.run, step - 1, s.parts)
         reason = str(error).strip() or type(error).__name__
         raise RunStopped(f"step {step} failed: {reason}\nThe run is safe after step {s.run.step} in {s.run.folder}. "
@@ -152,6 +154,8 @@ def use_engine(config: GRPOConfig, policy: PreTrainedModel, tokenizer: PreTraine
     if config.overlap and (live or getattr(engine, "model", None) is policy):
         raise ValueError("overlap needs an engine with weights of its own: vLLM (the live policy cannot both train and "
                          "sample)")
+    if live and is_sharded(policy):
+        raise ValueError("shard needs an engine with weights of its own: vLLM (a sharded policy cannot sample)")
     if engine is not None:
         yield engine
         return
@@ -190,29 +194,55 @@ def run_steps(s: State, stop_asked: threading.Event, progress: bool | None) -> b
     for step in training_steps(s.run, last, progress):
         with stops_saved(s, step):
             line = run_step(s, step)
-        stopped = stop_asked.is_set() and step < last
+        stopped = agreed(stop_asked.is_set()) and step < last
         log_step(s, step, line, save=stopped or step % s.config.checkpoint_every == 0)
         if stopped:
             say(s.run, f"stopped by hand, safe after step {step}; the same command goes on from there")
             return False
     return True
 
+# %% ../nbs/E7_loop_in_earnest.ipynb #7e776225
+def keep(s: State, name: str) -> None:
+    """Saves the policy in the cache; a sharded one is put together first, in process 0."""
+    state = s.parts["model"].state_dict() if is_sharded(s.policy) else None  # all processes take part
+
+    def save() -> None:
+        policy = s.policy
+        if state:
+            policy = load_policy(s.config.model, "cpu", "float32")[0]
+            policy.load_state_dict(state)
+        save_policy(policy, s.tokenizer, name)
+
+    on_rank_zero(save)
+
+# %% ../nbs/E7_loop_in_earnest.ipynb #8f36c03e
+def prepared_policy(config: GRPOConfig, compiled: bool,
+                    shard: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The start policy in float32 and its tokenizer; its layers compiled, or spread over all processes (E9)."""
+    if shard and compiled:
+        raise ValueError("shard and compiled together are not tested: leave one out")
+    policy, tokenizer = load_policy(config.model, dtype="float32")
+    if shard:
+        shard_layers(policy)
+    if compiled:
+        compile_policy(policy)
+    return policy, tokenizer
+
 # %% ../nbs/E7_loop_in_earnest.ipynb #481c6204
 def run_grpo(config: GRPOConfig, engine: Engine | None = None, root: Path | str | None = None, force: bool = False,
              progress: bool | None = None, mirror: bool = True, keep_policy: bool = True, pass_tokens: int = 16_384,
-             compiled: bool = False, **engine_options) -> dict | None:
+             compiled: bool = False, shard: bool = False, **engine_options) -> dict | None:
     """GRPO (handout §7.2, Algorithm 3) into the run folder of `config` below `root`; its summary, or None if stopped.
 
     engine: kept open; default: one is made with `engine_options` (replicas, …) and closed. keep_policy: save the policy
-    in the cache. compiled: its layers. force, mirror: see `open_run`. Raises RunStopped, RunConflict.
+    in the cache. compiled: its layers. shard: them over all processes. force, mirror: see `open_run`. `joined`
+    processes (E9) share all work. Raises RunStopped, RunConflict, ValueError for `shard` alone or with `compiled`.
     """
     name = policy_name(asdict(config))
     with open_run(config, root, force, mirror) as run:
         if run.summary:
             return run.summary
-        policy, tokenizer = load_policy(config.model, dtype="float32")
-        if compiled:
-            compile_policy(policy)
+        policy, tokenizer = prepared_policy(config, compiled, shard)
         with (use_engine(config, policy, tokenizer, engine, **engine_options) as engine,
               ThreadPoolExecutor(1) as pool, stop_on_interrupt() as stop_asked):
             s = start(config, run, policy, tokenizer, engine, pool, pass_tokens)
@@ -222,5 +252,5 @@ def run_grpo(config: GRPOConfig, engine: Engine | None = None, root: Path | str 
             except KeyboardInterrupt:  # without the hundred frames that it came through
                 raise KeyboardInterrupt(f"stopped at once; the run is safe after step {run.step}") from None
         if keep_policy:
-            save_policy(policy, tokenizer, name)
+            keep(s, name)
         return finish_run(run, policy=name if keep_policy else None, engine=type(engine).__name__, **engine_options)

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.generation import (LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList,
                                      TopPLogitsWarper)
 
+from .distributed import full, in_shares, processes
 from .models import load_policy, model_dir
 
 # %% ../nbs/04_sampling.ipynb #dd9a1ee9
@@ -250,14 +251,16 @@ class Engine(Lifecycle):
         """`sampling.n` completions for each prompt (strings or token id lists), in order.
 
         With a seed, results depend on neither the batch size nor the number of replicas (up to rounding: other batches
-        add in another order). progress: whether to show a bar, or a function to call instead (`Tick`). Raises
-        ValueError naming the prompt that cannot be used.
+        add in another order). Several processes (E9) share the prompts, and all have all completions. progress: whether
+        to show a bar, or a function to call instead (`Tick`). Raises ValueError naming the prompt that cannot be used.
         """
         if self.closed:
             raise RuntimeError("this engine is closed")
         requests = make_requests(prompts, sampling, self.tokenizer, self.context)
         with tqdm(total=len(requests), bar_format=RESPONSE_BAR, disable=progress is not True, leave=False) as bar:
-            rows = self._run(requests, sampling, bar.update if progress is True else progress or None)
+            tick = bar.update if progress is True else progress or None
+            rows = in_shares(lambda own: self._run(own, sampling, tick), requests, group="engine",
+                             together=sampling.n if len(prompts) >= processes() else 1)
         done = [Completion(*row, r.prompt_token_ids) for row, r in zip(rows, requests, strict=True)]
         return [done[i:i + sampling.n] for i in range(0, len(done), sampling.n)]
 
@@ -268,7 +271,7 @@ def named_weights(source: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str,
         source = source.named_parameters()
     elif isinstance(source, Mapping):
         source = source.items()
-    return [(name.replace("_orig_mod.", "").removeprefix("module."), tensor.detach()) for name, tensor in source]
+    return [(name.replace("_orig_mod.", "").removeprefix("module."), full(tensor.detach())) for name, tensor in source]
 
 # %% ../nbs/04_sampling.ipynb #ce0ab02a
 @contextlib.contextmanager

@@ -8,9 +8,11 @@ __all__ = ['make_generation_records', 'mean_or_nan', 'generation_metrics', 'log_
 
 # %% ../nbs/07_log_generations.ipynb #b1d906e9
 import math
+from functools import partial
 from statistics import fmean
 
 from .data import Problem, fill_prompt, load_prompt
+from .distributed import in_shares
 from .drgrpo_grader import grade_batch, reward_fn_of
 from .inference import SamplingParams
 from .packing import Example, packed_log_probs
@@ -19,7 +21,7 @@ from .runs import Run, log_rollouts
 # %% ../nbs/07_log_generations.ipynb #755b98c0
 def make_generation_records(completions, prompts, ground_truths, reward_fn, model) -> list[dict]:
     """Grade the completions and lay out the records of `log_generations`."""
-    rewards = grade_batch(reward_fn, [c.text for c in completions], ground_truths)
+    rewards = in_shares(partial(grade_batch, reward_fn), [c.text for c in completions], ground_truths)
     entropies = [[] for _ in completions]
     if model is not None:
         examples = [Example(c.prompt_token_ids, c.token_ids) for c in completions]

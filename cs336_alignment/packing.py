@@ -6,7 +6,7 @@
 __all__ = ['MAX_LOGITS', 'LossFn', 'Example', 'ended', 'make_examples', 'pack_rows', 'Packed', 'pack', 'pack_side',
            'packed_attention', 'looped_attention', 'register_varlen', 'compute_dtype', 'mixed_precision', 'packed_mode',
            'hidden_states', 'token_log_probs', 'fused_token_log_probs', 'head_log_probs', 'response_slices',
-           'packed_log_probs', 'sft_loss', 'sft_examples', 'backward_in_slices', 'accumulate_gradients',
+           'packed_log_probs', 'sft_loss', 'sft_examples', 'backward_in_slices', 'accumulate_gradients', 'idle_passes',
            'check_context', 'train_step', 'make_optimizer', 'compile_policy']
 
 # %% ../nbs/E3_packed_training.ipynb #216aa7cb
@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
+from .distributed import (clip_gradients, everyones, is_sharded, kinds_of_parameters, processes, rank,
+                                         sum_gradients, totals)
 from .sft_helper import compute_entropy, token_ids
 
 # %% ../nbs/E3_packed_training.ipynb #ae1c2191
@@ -62,16 +64,20 @@ def make_examples(prompt_strs: Sequence[str], output_strs: Sequence[str], tokeni
     return [Example(p, ended(o, tokenizer) if end else o) for p, o in pairs]
 
 # %% ../nbs/E3_packed_training.ipynb #509a7c27
-def pack_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def pack_rows(lengths: Sequence[int], max_tokens: int, multiple: int = 1) -> list[list[int]]:
     """Splits rows into bins of at most `max_tokens` tokens, few and about equal; returns row numbers, ascending.
 
-    Every row is in one bin; the same lengths give the same bins. Raises ValueError for a row above the budget.
+    Every row is in one bin; the same lengths give the same bins. Their number is a `multiple` of this one, so that as
+    many processes have as many each; some are empty if the rows are too few. Raises ValueError for a row above the
+    budget.
     """
     for i, n in enumerate(lengths):
         if n > max_tokens:
             raise ValueError(f"row {i} has {n} tokens, more than max_tokens={max_tokens}: raise it or drop the row")
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for n_bins in range(max(1, math.ceil(sum(lengths) / max_tokens)), len(lengths) + 1):  # one bin a row always fits
+    fewest = max(1, math.ceil(sum(lengths) / max_tokens))
+    first = math.ceil(fewest / multiple) * multiple
+    for n_bins in range(first, len(lengths) + multiple, multiple):  # one bin a row always fits
         bins = [(0, b, []) for b in range(n_bins)]  # a heap: the emptiest bin is first
         for i in order:
             tokens, b, rows = bins[0]
@@ -257,20 +263,25 @@ def packed_log_probs(model: PreTrainedModel, examples: Sequence[Example], max_to
     """For each example, the log-prob and the entropy of every response token: two tensors (n,), on the model's device.
 
     `get_response_log_probs` of its response tokens, without gradient and padding: `max_tokens` a pass may be many.
+    Several processes (E9) share the passes, and all have the result.
     """
-    result = [(torch.empty(0, device=model.device),) * 2 for _ in examples]
+    empty, own = (torch.empty(0, device=model.device),) * 2, {}
     filled = [i for i, e in enumerate(examples) if len(e.response_ids)]
-    for rows in pack_rows([len(examples[i]) for i in filled], max_tokens):
-        rows = [filled[i] for i in rows]
+    for rows in pack_rows([len(examples[i]) for i in filled], max_tokens, processes())[rank()::processes()]:
+        if not rows and not is_sharded(model):
+            continue
+        rows = [filled[i] for i in rows or [0]]  # sharded layers need all processes in each pass
         packed = pack([replace(examples[i], side={}) for i in rows], model.device)
         with packed_mode(model):
             hidden = hidden_states(model, packed)
         slices = response_slices(packed.lengths, max_logits // model.config.vocab_size)
         parts = zip(*(head_log_probs(model, hidden[s], packed.labels[s], temperature) for s in slices))
         log_probs, entropy = (torch.cat(p).split(packed.lengths) for p in parts)
-        for i, lp, h in zip(rows, log_probs, entropy):
-            result[i] = lp, h
-    return result
+        own |= zip(rows, zip(log_probs, entropy))
+    if processes() > 1:
+        parts = everyones({i: (lp.cpu(), h.cpu()) for i, (lp, h) in own.items()})
+        own = {i: (lp.to(model.device), h.to(model.device)) for part in parts for i, (lp, h) in part.items()}
+    return [own.get(i, empty) for i in range(len(examples))]
 
 # %% ../nbs/E3_packed_training.ipynb #9566cdb8
 LossFn = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
@@ -318,24 +329,37 @@ def accumulate_gradients(model: PreTrainedModel, examples: Sequence[Example], lo
     """Adds the gradient of a whole batch to `.grad`, in micro-batches of at most `max_tokens` tokens.
 
     temperature: that the responses were sampled at; log-probs and entropy are of that policy. The result does not
-    depend on `max_tokens` beyond rounding. Examples with an empty response are skipped. Returns the
-    batch's `loss`; means over response tokens of `entropy`, `log_prob` and what `loss_fn` logs; counts.
-    Raises ValueError if no response token is left, or a row exceeds `max_tokens` or the model's context.
+    depend on `max_tokens` beyond rounding. Examples with an empty response are skipped. Returns the batch's `loss`;
+    means over response tokens of `entropy`, `log_prob` and what `loss_fn` logs; counts. Several processes (E9) share
+    the micro-batches: each has its part of the gradient, and all have the same numbers. Raises ValueError if no
+    response token is left, or a row exceeds `max_tokens` or the model's context.
     """
     filled = [e for e in examples if len(e.response_ids)]
     if not filled:
         raise ValueError(f"nothing to train on: all {len(examples)} responses of the batch are empty")
     check_context(model, filled)
-    bins = pack_rows([len(e) for e in filled], max_tokens)
+    bins = pack_rows([len(e) for e in filled], max_tokens, processes())
+    own = [[filled[i] for i in rows] for rows in bins[rank()::processes()]]
     dtype, sums = torch.promote_types(model.dtype, torch.float32), defaultdict(float)
-    micro_batches = [pack([filled[i] for i in rows], model.device, dtype) for rows in bins]  # copies come first
+    micro_batches = [pack(rows, model.device, dtype) for rows in own if rows]  # copies come first
     for packed in micro_batches:
         for name, x in backward_in_slices(model, packed, loss_fn, max_logits, temperature).items():
             sums[name] += x
-    n = sum(len(e.response_ids) for e in filled)
-    means = {name: float(x) / (1 if name == "loss" else n) for name, x in sums.items()}
-    return means | {"tokens": sum(map(len, filled)), "response_tokens": n, "micro_batches": len(bins),
+    idle_passes(model, own.count([]), filled[0], loss_fn)
+    n, sums = sum(len(e.response_ids) for e in filled), totals({name: float(x) for name, x in sums.items()})
+    means = {name: x / (1 if name == "loss" else n) for name, x in sums.items()}
+    return means | {"tokens": sum(map(len, filled)), "response_tokens": n, "micro_batches": sum(map(bool, bins)),
                     "empty_responses": len(examples) - len(filled)}
+
+# %% ../nbs/E3_packed_training.ipynb #38732c1b
+def idle_passes(model: PreTrainedModel, n: int, example: Example, loss_fn: LossFn) -> None:
+    """n passes that add nothing to the gradient, in a process that has no rows for them: of one example, weight 0.
+
+    Only where layers are sharded: these need all processes in each pass."""
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    for _ in range(n if is_sharded(model) else 0):
+        nothing = pack([replace(example, side={**example.side, "weight": 0.0})], model.device, dtype)
+        backward_in_slices(model, nothing, loss_fn)
 
 # %% ../nbs/E3_packed_training.ipynb #09aa1c0d
 def check_context(model: PreTrainedModel, examples: Sequence[Example]) -> None:
@@ -356,7 +380,8 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, example
     weights as they were, if the gradient is not finite. The learning-rate schedule is the caller's.
     """
     metrics = accumulate_gradients(model, examples, loss_fn, max_tokens, max_logits, temperature)
-    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    sum_gradients(model)
+    metrics["grad_norm"] = clip_gradients(model, max_grad_norm)
     if not math.isfinite(metrics["grad_norm"]):
         optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(f"gradient norm is {metrics['grad_norm']} at loss {metrics['loss']}: no step was "
@@ -369,7 +394,7 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, example
 def make_optimizer(model: PreTrainedModel, learning_rate: float, betas: tuple[float, float] = (0.9, 0.95),
                    weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW over all parameters, with the handout's defaults (§7.2); fused on CUDA. Keep the model in float32."""
-    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
+    return torch.optim.AdamW(kinds_of_parameters(model), lr=learning_rate, betas=betas, weight_decay=weight_decay,
                              fused=model.device.type == "cuda")
 
 

@@ -13,12 +13,12 @@ __all__ = ['RUN_KEYS', 'LONGEST', 'Positive', 'Count', 'Rate', 'NonNegative', 'S
            'mirror_metrics', 'stop_mirror', 'batch_indices', 'seed_everything', 'rng_state', 'set_rng_state',
            'portable', 'sync', 'sync_logs', 'is_checkpoint', 'write_checkpoint', 'save_checkpoint', 'find_checkpoint',
            'rewind', 'read_state', 'restore_checkpoint', 'read_summary', 'read_config', 'check_config', 'move_aside',
-           'note_environment', 'only_writer', 'open_run', 'begin_or_continue', 'say', 'finish_run', 'tidy_finished',
-           'summarise_log', 'find_results', 'run_folders', 'published_families', 'evaluated_on', 'run_row', 'as_cell',
-           'from_cell', 'differing', 'write_table', 'read_table', 'rounded', 'published_line', 'published_rollout',
-           'kept_lines', 'kept_rollouts', 'write_rollouts', 'read_rollouts', 'Published', 'read_published',
-           'publishable', 'publish', 'index_line', 'write_index', 'load_run', 'load_runs', 'run_table', 'load_rollouts',
-           'command']
+           'note_environment', 'only_writer', 'open_run', 'finished', 'begin_or_continue', 'say', 'finish_run',
+           'write_summary', 'tidy_finished', 'summarise_log', 'find_results', 'run_folders', 'published_families',
+           'evaluated_on', 'run_row', 'as_cell', 'from_cell', 'differing', 'write_table', 'read_table', 'rounded',
+           'published_line', 'published_rollout', 'kept_lines', 'kept_rollouts', 'write_rollouts', 'read_rollouts',
+           'Published', 'read_published', 'publishable', 'publish', 'index_line', 'write_index', 'load_run',
+           'load_runs', 'run_table', 'load_rollouts', 'command']
 
 # %% ../nbs/E4_runs.ipynb #578c4539
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -27,7 +27,7 @@ __package__ = __package__ or "cs336_alignment"  # so that running this file as a
 import csv, difflib, errno, hashlib, io, json, math, os, random, re
 import shutil, subprocess, sys, threading, time
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache, lru_cache
 from importlib import metadata
@@ -41,6 +41,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from tqdm.auto import tqdm
 
 from .data import DataMissing, read_jsonl, repo_root
+from .distributed import on_rank_zero, processes, rank
 
 # %% ../nbs/E4_runs.ipynb #6aaef1c8
 RUN_KEYS = ("family", "track", "variant", "seed")
@@ -265,7 +266,8 @@ def environment() -> dict:
     return {"commit": os.environ.get("CS336_COMMIT") or git.stdout.strip() or None,
             "versions": {p: installed.get(p.replace("_", "-")) for p in packages},
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "gpu_count": torch.cuda.device_count(), "cpu_count": os.cpu_count()}
+            "gpu_count": torch.cuda.device_count(), "cpu_count": os.cpu_count(),
+            **({"processes": processes()} if processes() > 1 else {})}
 
 # %% ../nbs/E4_runs.ipynb #ff814cd7
 @dataclass
@@ -281,6 +283,7 @@ class Run:
     started: float = field(default_factory=time.perf_counter)
     bar: tqdm | None = None
     mirror: "Mirror | None" = None
+    writes: bool = True  # of several processes (E9) only number 0 does
 
 # %% ../nbs/E4_runs.ipynb #9582e4a1
 def wall_s(run: Run) -> float:
@@ -326,7 +329,8 @@ def log_metrics(run: Run, step: int, metrics: dict) -> None:
                          "log in order, and save a step's checkpoint last")
     metrics = json_safe(metrics)
     with guarded(run, "metrics.jsonl"):
-        append_jsonl(run.folder / "metrics.jsonl", {"step": step, "wall_s": round(wall_s(run), 3), **metrics})
+        if run.writes:
+            append_jsonl(run.folder / "metrics.jsonl", {"step": step, "wall_s": round(wall_s(run), 3), **metrics})
     run.logged = step
     show_numbers(run, metrics)
     mirror_metrics(run, step, metrics)
@@ -341,7 +345,7 @@ def read_metrics(folder: Path | str) -> list[dict]:
 def log_rollouts(run: Run, step: int, records: list[dict]) -> None:
     """Append `records` to `rollouts.jsonl`, each with its step. A few per evaluation are enough to read."""
     with guarded(run, "rollouts.jsonl"):
-        for record in records:
+        for record in records if run.writes else ():
             append_jsonl(run.folder / "rollouts.jsonl", {"step": step, **json_safe(record)})
 
 # %% ../nbs/E4_runs.ipynb #a0939374
@@ -375,7 +379,7 @@ def training_steps(run: Run, total: int, progress: bool | None = None):
 
     progress: default, whether someone can see it: in a terminal or a notebook.
     """
-    seen = seen_by_someone() if progress is None else progress
+    seen = run.writes and (seen_by_someone() if progress is None else progress)
     with tqdm(total=total, initial=run.step, disable=not seen, leave=False, bar_format=BAR_FORMAT,
               dynamic_ncols=True) as run.bar:
         for step in range(run.step + 1, total + 1):
@@ -585,13 +589,14 @@ def save_checkpoint(run: Run, step: int, parts: dict, extra: dict | None = None,
     """
     if step <= run.step:
         raise ValueError(f"step {step} is not after the last checkpoint, of step {run.step}")
-    if wall_s(run) - run.saved < after_s:
+    if after_s and on_rank_zero(lambda: wall_s(run) - run.saved < after_s):
         return
     state = {"parts": {name: portable(part.state_dict(), name) for name, part in parts.items()},
              "extra": portable(extra, "extra"), "rng": rng_state()}
     with guarded(run, f"the checkpoint of step {step}"):
-        lengths = sync_logs(run.folder)
-        write_checkpoint(run.folder, state, {"step": step, "wall_s": wall_s(run), "bytes": lengths})
+        if run.writes:
+            lengths = sync_logs(run.folder)
+            write_checkpoint(run.folder, state, {"step": step, "wall_s": wall_s(run), "bytes": lengths})
     run.step, run.logged, run.saved = step, step, wall_s(run)
 
 # %% ../nbs/E4_runs.ipynb #1240df77
@@ -715,28 +720,39 @@ def open_run(config: dict | Config, root: Path | str | None = None, force: bool 
 
     `run.summary` is set if the run is finished: then there is nothing to do. `run.step` is the last step that is safe,
     0 for a new run. `force` moves what is there aside and begins anew. `mirror=False` leaves wandb out. Raises
-    RunConflict if the folder belongs to another configuration or is in use, DiskFull, OSError.
+    RunConflict if the folder belongs to another configuration or is in use, DiskFull, OSError. Of several processes
+    (E9), which must see the same folder, number 0 writes; all raise what it raises.
     """
     config = asdict(config) if is_dataclass(config) else config
-    run = Run(run_folder(config, root), config)
-    if not force and (summary := read_summary(run.folder)):
-        check_config(run.folder, config)
-        say(run, "finished, not run again without force")
+    run = Run(run_folder(config, root), config, writes=rank() == 0)
+    if not force and (summary := on_rank_zero(lambda: finished(run))):
         run.summary, run.step = summary, summary["steps"]
-        tidy_finished(run.folder)
         yield run
         return
-    with only_writer(run):
-        begin_or_continue(run, force)
-        run.mirror = start_mirror(run) if mirror else None
+    with ExitStack() as held:
+        run.step, run.wall_before = on_rank_zero(lambda: begin_or_continue(run, force, held))
+        run.logged, run.saved = run.step, run.wall_before
+        run.mirror = start_mirror(run) if mirror and run.writes else None
         try:
             yield run
         finally:
             stop_mirror(run.mirror)
 
+# %% ../nbs/E4_runs.ipynb #d55e3b13
+def finished(run: Run) -> dict | None:
+    """The summary of a run that is finished, whose folder is tidied; else None. Raises RunConflict."""
+    if summary := read_summary(run.folder):
+        check_config(run.folder, run.config)
+        say(run, "finished, not run again without force")
+        tidy_finished(run.folder)
+    return summary
+
 # %% ../nbs/E4_runs.ipynb #a012869e
-def begin_or_continue(run: Run, force: bool) -> None:
-    """Check what is in the run's folder, write its first files or bring it to its last checkpoint, and say which."""
+def begin_or_continue(run: Run, force: bool, held: ExitStack) -> tuple[int, float]:
+    """Check what is in the run's folder, write its first files or bring it to its last checkpoint, and say which.
+
+    held: keeps the folder's lock. Returns the step and the seconds of the checkpoint, 0 for a new run."""
+    held.enter_context(only_writer(run))
     with guarded(run, "the run's first files"):
         if force:
             move_aside(run.folder)
@@ -748,6 +764,7 @@ def begin_or_continue(run: Run, force: bool) -> None:
         say(run, f"goes on after step {run.step}")
     else:
         say(run, "goes on with its responses" if (run.folder / "responses.jsonl").exists() else "begins")
+    return run.step, run.wall_before
 
 
 def say(run: Run, what: str) -> None:
@@ -762,13 +779,19 @@ def finish_run(run: Run, **more) -> dict:
     from the configuration, n_eval also from `eval/n`. `more` is added. Raises ValueError if the last evaluation is
     older than the last step, as its numbers would not be the final ones.
     """
+    run.summary = on_rank_zero(lambda: write_summary(run, more))
+    return run.summary
+
+# %% ../nbs/E4_runs.ipynb #56c72c51
+def write_summary(run: Run, more: dict) -> dict:
+    """What `finish_run` does, in the process that writes."""
     summary = summarise_log(run.config, read_metrics(run.folder)) | more
     environment = read_json(run.folder / "environment.json")
-    run.summary = summary | {"gpu": environment.get("gpu")}
+    summary |= {"gpu": environment.get("gpu")}
     with guarded(run, "summary.json"):
-        write_json(run.folder / "summary.json", json_safe(run.summary))
+        write_json(run.folder / "summary.json", json_safe(summary))
     tidy_finished(run.folder)
-    return run.summary
+    return summary
 
 
 def tidy_finished(folder: Path) -> None:

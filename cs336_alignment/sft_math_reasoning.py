@@ -30,6 +30,7 @@ from .cli import (Changes, GpuShare, Replicas, Root, Seed, Seeds, TrackName, lat
                                  only_after_the_command, parse_changes, told)
 from .data import (DataError, Problem, fill_prompt, load_problems, load_prompt, problem_sets,
                                   read_records, teacher_response, trace_record)
+from .distributed import joined, on_rank_zero
 from .drgrpo_grader import grade_batch, r1_zero_reward_fn
 from .runs import (Config, Count, NonNegative, Positive, Rate, Share, batch_indices, check_folder,
                                   check_writable, finish_run, log_metrics, make_config, name_part, open_run,
@@ -159,7 +160,7 @@ def sft(config: SFTConfig, engine=None, root: Path | str | None = None, force: b
         engine = engine or inference.TransformersEngine(model, tokenizer)
         sft_steps(run, config, model, tokenizer, examples, problems, engine, progress, checkpoint_s)
         if keep:
-            models.save_policy(model, tokenizer, policy_name(asdict(config)))
+            on_rank_zero(lambda: models.save_policy(model, tokenizer, policy_name(asdict(config))) and None)
         return finish_run(run, n_train=len(pairs))
 
 # %% ../nbs/08_sft.ipynb #2f7a10e3
@@ -377,9 +378,9 @@ def main(
         options = dict(n_train=n, seed=seed, traces=traces and str(traces), variant=variant)
         config = sft_command_config(track, parse_changes(set_, "track", **options))
         check_runs([config], root, sft_texts)
-    with told():
+    with told(), joined():
         run_all([config], root, force, True, replicas, gpu_memory_utilization)
-    print(f"policy: {policy_name(asdict(config))} (a name for --model)")
+        print(f"policy: {policy_name(asdict(config))} (a name for --model)")
 
 # %% ../nbs/08_sft.ipynb #77197512
 @app.command()

@@ -15,6 +15,7 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ import typer
 from .cli import (Changes, GpuShare, Replicas, Root, Seed, Seeds, TrackName, later,
                                  only_after_the_command, parse_changes, told)
 from .data import Problem, fill_prompt, load_prompt
+from .distributed import in_shares, joined, on_rank_zero
 from .drgrpo_grader import grade_batch, reward_fn_of
 from .runs import (Config, NonNegative, Positive, Rate, batch_indices, finish_run, log_metrics,
                                   make_config, name_part, open_run, policy_name, restore_checkpoint, save_checkpoint,
@@ -94,7 +96,7 @@ def select_correct(groups: list[list["inference.Completion"]], problems: list[Pr
     With a tokenizer they end with its end-of-sequence token, as in 08."""
     flat = [c for group in groups for c in group]
     truths = [p.ground_truth for p, group in zip(problems, groups) for _ in group]
-    rewards = grade_batch(reward_fn, [c.text for c in flat], truths)
+    rewards = in_shares(partial(grade_batch, reward_fn), [c.text for c in flat], truths)
     right = [r["reward"] == 1 for r in rewards]
     size = len(flat) // len(groups)
     solved = [any(right[i:i + size]) for i in range(0, len(flat), size)]
@@ -206,7 +208,7 @@ def expert_iteration(config: EIConfig, engine=None, root: Path | str | None = No
         engine = engine or inference.TransformersEngine(model, tokenizer)
         ei_steps(run, config, engine, model, tokenizer, problems, held_out, progress, checkpoint_s)
         if keep:
-            models.save_policy(model, tokenizer, policy_name(asdict(config)))
+            on_rank_zero(lambda: models.save_policy(model, tokenizer, policy_name(asdict(config))) and None)
         return finish_run(run)
 
 # %% ../nbs/09_expert_iteration.ipynb #f8e441f0
@@ -282,7 +284,7 @@ def main(ctx: typer.Context, track: TrackName = "pocket", seed: Seed = None, set
     with told():  # mistakes show before anything is loaded
         config = ei_command_config(track, parse_changes(set_, "track", seed=seed))
         check_runs([config], root, ei_texts)
-    with told():
+    with told(), joined():
         run_all([config], root, force, True, replicas, gpu_memory_utilization, expert_iteration)
 
 # %% ../nbs/09_expert_iteration.ipynb #9e02be27

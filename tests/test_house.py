@@ -150,7 +150,7 @@ def test_top_is_the_one_of_the_course_map(path):
     (_, _), (_, cell), *_ = cells(path)
     made = tops.top(path.stem, path.parent)
     assert (cell["id"], text(cell["source"])) == (made["id"], made["source"]), "run .ci/tops"
-    assert len(made["source"].encode()) <= 3000
+    assert len(made["source"].encode()) <= 3100
 
 
 def test_stale_tops_are_seen(tmp_path):
@@ -313,7 +313,7 @@ def test_tree_is_small():
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout  # nothing in a copy without git
     files = [ROOT / name for name in tracked.split("\0") if name and (ROOT / name).is_file()]
     assert len(files) <= 240
-    assert sum(file.stat().st_size for file in files) <= 16e6
+    assert sum(file.stat().st_size for file in files) <= 17e6
 
 
 # The checks above can fail: each kind of disorder, made on purpose.
