@@ -12,7 +12,6 @@ weights as TRL does. A step is the time from one `on_step_end` to the next. Its 
 for the weights; `update` is all the rest: with TRL's pass for the importance weights' log-probabilities, and rewards.
 """
 
-import functools
 import importlib.util
 import json
 import os
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -103,6 +103,7 @@ def trl_row(name: str, work: dict, size: int, options: dict, steps: int) -> dict
     trl = import_trl()
     from accelerate.state import AcceleratorState, GradientState
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl.extras.profiling import ProfilingContext
     names = {"vLLM.generate": "rollout", "transformers.generate": "rollout", "sync_weights": "sync"}
     times, phases = [], {}
@@ -121,6 +122,7 @@ def trl_row(name: str, work: dict, size: int, options: dict, steps: int) -> dict
             model=work["model"], reward_funcs=reward, processing_class=work["tokenizer"],
             args=trl.GRPOConfig(**trl_arguments(work, size, options, 1 + steps, folder)),
             train_dataset=Dataset.from_dict({"prompt": work["prompts"]}), callbacks=[make_clock(times, phases)])
+        trainer.remove_callback(PrinterCallback)
         begin = time.perf_counter()
         trainer.train()
         dtype = str(next(trainer.model.parameters()).dtype)
@@ -139,7 +141,7 @@ def trl_row(name: str, work: dict, size: int, options: dict, steps: int) -> dict
 
 # --- the search
 
-def search(work: dict, sizes: tuple[int, ...], options: dict, row, deadline: float, save) -> dict:
+def search(sizes: tuple[int, ...], options: dict, row, deadline: float, save) -> dict:
     """Rows of the sizes, of one option more each, and of all that helped; `row(name, size, options)` measures one.
 
     `save` takes the result after each. A row that fails (memory) is kept with its error."""
@@ -264,7 +266,7 @@ def trl_loss(work: dict, name: str, model, completions, rewards, group: int, lon
     trl = import_trl()
     from accelerate.state import AcceleratorState, GradientState
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     n, kept = len(completions), []
 
     class Keep(TrainerCallback):
@@ -285,6 +287,7 @@ def trl_loss(work: dict, name: str, model, completions, rewards, group: int, lon
         trainer = trl.GRPOTrainer(model=model, reward_funcs=lambda prompts, completions, **rest: rewards, args=args,
                                   processing_class=work["tokenizer"], rollout_func=rollouts, callbacks=[Keep()],
                                   train_dataset=Dataset.from_dict({"prompt": work["prompts"][:n // group]}))
+        trainer.remove_callback(PrinterCallback)
         return trainer.train().training_loss, kept[0]
 
 
@@ -305,10 +308,9 @@ def same_loss(work: dict, build, groups: int = 4, group: int = 4, longest: int =
                              length_normalization=normalization)
         exact = build(torch.float64)
         loss, gradient = our_loss(config, exact, completions, rewards)
-        plain = functools.partial(our_loss, model=exact, completions=completions, rewards=rewards)
-        from dataclasses import replace
+        plain = replace(config, loss_type="reinforce_with_baseline")
         row = {"loss": {"ours": loss}, "gradient_norm": gradient.norm().item(), "gradient_off": {
-            "reinforce": off(plain(replace(config, loss_type="reinforce_with_baseline"))[1], gradient)}}
+            "reinforce": off(our_loss(plain, exact, completions, rewards)[1], gradient)}}
         if normalization != "token":  # which the literal loop does not know
             row["loss"]["literal"], literal = literal_loss(config, exact, work["tokenizer"], completions, rewards)
             row["gradient_off"]["literal"] = off(literal, gradient)
@@ -323,8 +325,8 @@ def same_loss(work: dict, build, groups: int = 4, group: int = 4, longest: int =
 
 # --- the settings
 
-def measure(name: str, small: bool, steps: int, seconds: float, save) -> None:
-    """TRL's rows of a setting and the check of the losses; `save` takes what is stored under "trl"."""
+def measure(name: str, small: bool, steps: int, seconds: float, save) -> int:
+    """TRL's rows of a setting and the check of the losses; `save` takes what is stored under "trl". 1 if no row ran."""
     import torch
     import transformers
     trl, deadline = import_trl(), time.monotonic() + seconds
@@ -339,8 +341,8 @@ def measure(name: str, small: bool, steps: int, seconds: float, save) -> None:
         G.free()
         save(about | {"rows": []})
         with one_engine():
-            search(work, sizes, options, lambda label, size, extra: trl_row(label, work, size, extra, steps), deadline,
-                   lambda found: save(about | found))
+            row = lambda label, size, extra: trl_row(label, work, size, extra, steps)
+            return int(search(sizes, options, row, deadline, lambda found: save(about | found))["best"] is None)
 
 
 def main(out: Path = G.STORED, small: bool = False, steps: int = 2, only: str = "", seconds: float = 420.0,
@@ -361,7 +363,7 @@ def main(out: Path = G.STORED, small: bool = False, steps: int = 2, only: str = 
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
 
-    measure(only, small, steps, seconds, save)
+    sys.exit(measure(only, small, steps, seconds, save))
 
 
 def run_apart(name: str, out: Path, small: bool, steps: int = 2, seconds: float = 420.0) -> int:
