@@ -78,7 +78,8 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
          variant: Annotated[str | None, Option("the run's name in its family (default: what differs)")] = None,
          named: Annotated[str | None, Option(" | ".join(NAMED))] = None, settings: Changes = [], replicas: Replicas = 1,
          gpu_memory_utilization: GpuShare = 0.35, pass_tokens: Annotated[int, typer.Option(min=1)] = 16_384,
-         compiled: bool = False, force: bool = False, root: Root = None):
+         compiled: bool = False, lean: Annotated[bool, Option("for a card with 24 GB; needs torchao")] = False,
+         force: bool = False, root: Root = None):
     """One GRPO run (CS336 assignment 5, §7), or with a command an experiment of §8.
 
     A killed run goes on from its last checkpoint; Ctrl-C stops it after the step."""
@@ -89,7 +90,7 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
         config = grpo_command_config(track, given, data, named, settings)
         check_folder(config, root)
         check_problems(config)
-    run_command(config, root, force, pass_tokens=pass_tokens, compiled=compiled, replicas=replicas,
+    run_command(config, root, force, pass_tokens=pass_tokens, compiled=compiled, lean=lean, replicas=replicas,
                 gpu_memory_utilization=gpu_memory_utilization)
 
 # %% ../nbs/13_grpo_experiments.ipynb #b9bdd206
@@ -99,7 +100,7 @@ def run_command(config: GRPOConfig, root: Path | None, force: bool, **options) -
 
     try:
         summary = run_grpo(config, None, root, force, **options)
-    except (ValueError, OSError, RunStopped) as error:
+    except (ValueError, OSError, ImportError, RunStopped) as error:
         stop(error)
     if summary:
         print({name: value for name, value in summary["final"].items()})
