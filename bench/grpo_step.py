@@ -3,6 +3,7 @@
     python bench/grpo_step.py                                   # one GPU, about eight minutes
     python bench/grpo_step.py --only pocket                     # 135M parameters, responses of 256 tokens
     python bench/grpo_step.py --trl                             # and TRL's trainer (trl_step.py), about 20 minutes in all
+    python bench/grpo_step.py --only lean                       # the course shape as for a card with 24 GB; needs torchao
     python bench/grpo_step.py --small --out /tmp/step.json      # a smoke test on any machine, under a minute
 
 Both sides sample 256 responses (32 questions, groups of 8) and make one update (reinforce_with_baseline, masked_mean).
@@ -17,6 +18,7 @@ whole GPU's (nvidia-smi, with the engines' reserved caches). `response_tokens_pe
 recomputation, no second forward pass counts) over the update's seconds and the bfloat16 matrix rate measured here.
 """
 
+import importlib.util
 import json
 import math
 import sys
@@ -190,21 +192,24 @@ def literal_steps(config, policy, tokenizer, engine, problems):
     return step
 
 
-def refined_steps(config, policy, engine, problems, share: float, pass_tokens: int):
-    """The same for `grpo_step`, with `share` of the responses having an advantage."""
+def refined_steps(config, policy, engine, problems, share: float, pass_tokens: int, lean: bool = False):
+    """The same for `grpo_step`, with `share` of the responses having an advantage. lean: as E7's lean runs do it."""
     from itertools import count
+    from types import SimpleNamespace
     from unittest import mock
 
     from cs336_alignment import grpo
+    from cs336_alignment.grpo_runs import asleep
     from cs336_alignment.packing import make_optimizer
-    timed_engine, optimizer, number = FullLength(engine), make_optimizer(policy, config.learning_rate), count(1)
+    optimizer = make_optimizer(policy, config.learning_rate, state_bits=8 if lean else 32)
+    timed_engine, number, state = FullLength(engine), count(1), SimpleNamespace(engine=engine, lean=lean)
     rewards = RandomRewards(config.rollout_batch_size, config.group_size, share)
 
     def step() -> dict[str, float]:
         timed_engine.seconds.clear()
         k = next(number)
         completions, truths = grpo.sample_rollouts(config, timed_engine, problems, k)
-        with mock.patch.object(grpo, "reward_fn_of", lambda prompt: rewards):
+        with asleep(state, timed_engine.seconds), mock.patch.object(grpo, "reward_fn_of", lambda prompt: rewards):
             line = grpo.grpo_step(config, policy, optimizer, completions, truths, k, pass_tokens=pass_tokens)
         timed_engine.load_weights(policy)
         return {phase: (line | timed_engine.seconds)[f"s_{phase}"] for phase in ("rollout", "reward", "old", "update", "sync")}
@@ -384,6 +389,36 @@ def course(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
         compare(work, min(replicas, 2), options, min(steps, 2), save, try_teams=False)
 
 
+LEAN_GB = 12.5  # what the lean setting lets its engine take: more than weights, keys and values of 128 sequences
+
+
+def lean(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
+    """The course shape as for a card with 24 GB: the engine asleep during updates, checkpointed, 8-bit states."""
+    import torch
+
+    from cs336_alignment.packing import checkpoint_activations, compile_policy, eight_bit_adamw
+    eight_bit_adamw()
+    gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if on_gpu() else LEAN_GB
+    with workload("course", small) as work:
+        options = {"gpu_memory_utilization": LEAN_GB / gpu_gb, "max_model_len": work["context"], "max_num_seqs": 128,
+                   "enable_sleep": True} | vllm
+        result = {"rollouts": work["n"], "group_size": work["group"], "response_tokens": work["tokens"], "variants": [],
+                  "pass_tokens": work["context"], "engine_options": options, "vllm": vllm_number()}
+        with start_engine(work["model"], 1, work["n"], options) as e:
+            for share in (1.0, 0.4):
+                policy = work["build"](torch.float32)
+                checkpoint_activations(policy)
+                if on_gpu():
+                    compile_policy(policy)
+                e.load_weights(policy)
+                step = refined_steps(work["config"], policy, e, work["problems"], share, 500 if small else work["context"], lean=True)
+                name = f"ours, lean, {share:.0%} with an advantage"
+                result["variants"].append(measure(name, step, min(steps, 2), work, share))
+                save(result)
+                del policy, step
+                free()
+
+
 def save_random_weights(build, vocab_size: int, folder: str):
     """A policy with random weights, for the engine; and its tokenizer, which knows as many tokens: t0, t1, …"""
     import torch
@@ -402,18 +437,20 @@ def save_random_weights(build, vocab_size: int, folder: str):
 
 
 def main(out: Path = STORED, small: bool = False, steps: int = 3, replicas: int = 4,
-         only: str = typer.Option("", help="pocket or course; default both"),
+         only: str = typer.Option("", help="pocket, course or lean; default the first two"),
          trl: bool = typer.Option(False, "--trl", help="TRL's trainer too, after the others (trl_step.py)"),
          vllm: Annotated[dict, typer.Option(parser=json.loads, help="more options for vLLM, as JSON")] = "{}",
          here: bool = typer.Option(False, help="in this process", hidden=True)) -> None:
     """Measures both settings, prints a table, writes JSON after each variant, so that a stopped run leaves those before."""
-    if only not in ("", "pocket", "course"):
-        refuse(f"--only is pocket or course, not {only!r}")
+    if only not in ("", "pocket", "course", "lean"):
+        refuse(f"--only is pocket, course or lean, not {only!r}")
     from cs336_alignment.cli import bench_refusal  # here: so that the file is read at once
     problem = bench_refusal(small, out, STORED, on_gpu())
     if not problem and trl:
         from trl_step import trl_problem
         problem = trl_problem()
+    if not problem and only == "lean":
+        problem = None if importlib.util.find_spec("torchao") else "--only lean needs torchao: pip install torchao"
     if problem:
         refuse(problem)
     if on_gpu() and not here:  # trainer and engines share the GPU
@@ -426,7 +463,7 @@ def main(out: Path = STORED, small: bool = False, steps: int = 3, replicas: int 
         failed = measure_all(out, small, steps, replicas, only, vllm)
     if trl and not here:  # TRL's engine is in its own process, which has the GPU for itself
         from trl_step import run_apart
-        names = [name for name in ("pocket", "course") if only in ("", name)]
+        names = [name for name in ("pocket", "course") if name == (only or name)]
         failed = max([failed, *(run_apart(name, out, small) for name in names)])
     sys.exit(failed)
 
@@ -449,8 +486,9 @@ def measure_all(out: Path, small: bool, steps: int, replicas: int, only: str, vl
     result |= {"gpu": gpu, "torch": torch.__version__, "transformers": transformers.__version__, "small": small,
                "rewards": "random: 100% or 40% of the groups are mixed; grading is not part of the step"}
     print(f"{gpu}, torch {torch.__version__}")
-    chosen = {name: setting for name, setting in {"pocket": pocket, "course": course}.items() if only in ("", name)}
-    for name, setting in chosen.items():
+    chosen = [only] if only else ["pocket", "course"]
+    for name in chosen:
+        setting = globals()[name]
         start = time.perf_counter()
         kept = {"trl": trl} if (trl := result.pop(name, {}).get("trl")) else {}  # TRL's rows, measured apart
         print(f"\n{name}: {setting.__doc__}", flush=True)

@@ -27,7 +27,7 @@ def no_gpu(monkeypatch):
 
 @needs_no_gpu
 @pytest.mark.parametrize("arguments, message", [([], "no GPU here"), (["--small"], "--small --out FILE"),
-                                                (["--only", "both"], "--only is pocket or course")])
+                                                (["--only", "both"], "--only is pocket, course or lean")])
 def test_it_refuses_in_one_line_and_writes_nothing(arguments, message):
     before = STORED.read_bytes()
     done = subprocess.run([sys.executable, BENCH / "grpo_step.py", *arguments], capture_output=True, text=True)

@@ -30,13 +30,13 @@ OFF_POLICY = replace(CONFIG, variant="off", loss_type="grpo_clip", epochs_per_ro
                      kl_coef=0.01, tis_cap=2.0)
 
 
-def tiny_policy(*args, **kwargs):
+def tiny_policy(*args, width=16, **kwargs):
     """In place of `load_policy`: random weights, the same each time, and the character tokenizer."""
     tokenizer = models.character_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2,
             max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0))
     return model.eval(), tokenizer
 
@@ -1002,11 +1002,13 @@ def test_a_lean_run_with_torchao_goes_on_after_it_was_ended(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return step(*args)
 
+    monkeypatch.setattr(grpo_runs, "load_policy", partial(tiny_policy, width=64))  # torchao leaves tensors under 4,096 as they are
     quiet_train(tmp_path / "whole", short, lean=True)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="safe after step 3"):
         patch.setattr(grpo_runs, "grpo_step", ended)
         quiet_train(tmp_path / "parts", short, lean=True)
-    states = runs.read_state(runs.find_checkpoint(run_folder(asdict(short), tmp_path / "parts")) / "state.pt")
+    saved = runs.read_state(runs.find_checkpoint(run_folder(asdict(short), tmp_path / "parts")) / "state.pt")
+    assert "8bit" in str({type(x) for part in saved["parts"]["optimizer"]["state"].values() for x in part.values()})
     quiet_train(tmp_path / "parts", short, lean=True)
     whole, parts = ([[line[key] for key in ("train/loss", "train/grad_norm")] for line in
                      read_metrics(run_folder(asdict(short), tmp_path / name)) if "train/loss" in line] for name in ("whole", "parts"))
