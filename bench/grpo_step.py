@@ -389,7 +389,7 @@ def course(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
         compare(work, min(replicas, 2), options, min(steps, 2), save, try_teams=False)
 
 
-LEAN_GB = 12.5  # what the lean setting lets its engine take: more than weights, keys and values of 128 sequences
+LEAN_GB = 11.0  # what the lean setting lets its engine take: weights, working memory, keys and values of about 100 responses
 
 
 def lean(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
@@ -400,7 +400,7 @@ def lean(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
     eight_bit_adamw()
     gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if on_gpu() else LEAN_GB
     with workload("course", small) as work:
-        options = {"gpu_memory_utilization": LEAN_GB / gpu_gb, "max_model_len": work["context"], "max_num_seqs": 128,
+        options = {"gpu_memory_utilization": LEAN_GB / gpu_gb, "max_model_len": work["context"], "max_num_seqs": 112,
                    "enable_sleep": True} | vllm
         result = {"rollouts": work["n"], "group_size": work["group"], "response_tokens": work["tokens"], "variants": [],
                   "pass_tokens": work["context"], "engine_options": options, "vllm": vllm_number()}

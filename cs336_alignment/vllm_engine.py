@@ -8,7 +8,7 @@ __all__ = ['Layout', 'vllm_params', 'completion_row', 'late_row', 'forwarding_ba
            'repack_output_layer', 'vllm_cleanup', 'plan_layout', 'tensor_views', 'map_file', 'make_shared_file',
            'ReplicaServer', 'serve_replica', 'kv_cache_bytes', 'share_gpu', 'start_server', 'Replica', 'ask_replica',
            'listen', 'ask_replicas', 'end_replicas', 'visible_gpus', 'place_replicas', 'multi_process_service',
-           'start_replicas', 'ReplicaTeam', 'team_run', 'share_memory', 'team_load_weights', 'team_release',
+           'start_replicas', 'ReplicaTeam', 'team_run', 'share_memory', 'near', 'team_load_weights', 'team_release',
            'vllm_version', 'vllm_problem', 'vllm_args', 'BackedEngine', 'VLLMEngine', 'start_backend', 'make_engine',
            'shared_engine']
 
@@ -425,6 +425,7 @@ class ReplicaTeam(Lifecycle):
         places = place_replicas(replicas, gpus, sorted(os.sched_getaffinity(0)))
         self.dtype, self.layout, self.memory = getattr(torch, args["dtype"]), None, None
         self.gpus = {variables.get("CUDA_VISIBLE_DEVICES") for variables, _, _ in places}
+        self.can_sleep = args.get("enable_sleep_mode", False)
         self.replicas, self.context = start_replicas(places, args)
         self.end = weakref.finalize(self, end_replicas, self.replicas)  # also when the interpreter exits
 
@@ -472,12 +473,16 @@ def share_memory(replicas: list[Replica], size: int, on_gpu: bool) -> Tensor:
         os.unlink(path)  # every replica has it mapped; without a name it cannot be left behind
 
 # %% ../nbs/E2_vllm.ipynb #20934a2d
+def near(team: ReplicaTeam, device: torch.device) -> bool:
+    """Whether weights on `device` go through memory of its GPU. Not if the team can sleep: then that is scarce."""
+    return not team.can_sleep and device == torch.device("cuda:0") and team.gpus == {visible_gpus()[0]}
+
+
 def team_load_weights(team: ReplicaTeam, named: list[tuple[str, Tensor]]) -> None:
     """Writes the weights into memory that the team shares (made on first use) and has every replica load them."""
     layout, size = plan_layout(named, team.dtype)
     if layout != team.layout:
-        near = named[0][1].device == torch.device("cuda:0") and team.gpus == {visible_gpus()[0]}
-        team.memory, team.layout = share_memory(team.replicas, size, near), layout
+        team.memory, team.layout = share_memory(team.replicas, size, near(team, named[0][1].device)), layout
     for (_, target), (_, tensor) in zip(tensor_views(team.memory, layout), named):
         target.copy_(tensor)
     if team.memory.is_cuda:
