@@ -1,6 +1,6 @@
 """Where a decoding step of vLLM goes, and what each of a few settings changes, timed in pairs.
 
-    python bench/decode_profile.py                                  # one GPU, about nine minutes
+    python bench/decode_profile.py                                  # one GPU, about a quarter of an hour
     python bench/decode_profile.py --shape course --part profile    # the 1.5B shape alone, its profile alone
     python bench/decode_profile.py --model NAME --shape pocket      # another policy, for responses of natural length
     python bench/decode_profile.py --small --out FILE               # a smoke test, with vLLM's CPU build
@@ -11,7 +11,7 @@ profiler); and the least that reading weights and cache takes at this GPU's band
 over the tokens that one has more, so prompts and starts cancel. Where kernels fill the clock the GPU is the limit, otherwise
 it waits for the host. Once as vLLM comes, once without detokenisation (`late_text` of notebook E2).
 **pairs**: the engine as the project's runs have it against itself with one setting changed (`CANDIDATES`), in turns; the
-ratio of each turn, above 1 where the change is faster. Responses of full length, and natural ones (`natural`).
+ratio of each turn, above 1 where the change is faster. 256 responses of full length, and natural ones (pocket shape).
 """
 
 import json
@@ -22,7 +22,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -52,8 +52,8 @@ CANDIDATES = {  # options of VLLMEngine
     "no async scheduling": {"async_scheduling": False},
     "no prefix caching": {"enable_prefix_caching": False},
     "2 engines": {"replicas": 2},
-    "4 engines": {"replicas": 4},
-    "4 engines, no detokenisation": {"replicas": 4, "late_text": True},
+    "4 engines": {"replicas": 4, "gpu_memory_utilization": 0.3},
+    "4 engines, no detokenisation": {"replicas": 4, "gpu_memory_utilization": 0.3, "late_text": True},
     "fp8 cache": {"kv_cache_dtype": "fp8"},
 }
 
@@ -94,7 +94,7 @@ def kind_of(kernel: str) -> str:
 
 
 def kernel_seconds(call) -> dict[str, float]:
-    """Seconds of the GPU's kernels by kind while `call()` runs, and `largest`: those of single kernels; {} without a GPU."""
+    """Seconds of each of the GPU's kernels, by name, while `call()` runs; {} without a GPU."""
     import torch
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -192,6 +192,7 @@ def profile(work: dict, options: dict, tokens: int, sizes: list[int], save) -> N
     """Rows of one engine in this process, with text and without."""
     from cs336_alignment.vllm_engine import VLLMEngine
     rows, width = [], bandwidth()
+    G.free()
     with VLLMEngine(work["model"], in_process=True, **options) as engine:
         engine.path = work["model"]
         config = getattr(engine.backend.llm.llm_engine, "vllm_config", None)
@@ -238,14 +239,14 @@ def pair(base, other, prompts: list[str], sampling, turns: int) -> dict:
             "ratio": statistics.median(ratios), "tokens": tokens}
 
 
-def pairs(work: dict, options: dict, tokens: int, sizes: list[int], turns: int, save, candidates: dict = CANDIDATES,
-          together: int = 4) -> None:
-    """Each candidate against the engine as it is; `together` candidates are started at the same time."""
+def pairs(work: dict, options: dict, tokens: int, n: int, turns: int, save, natural: bool, candidates: dict = CANDIDATES,
+          together: int = 3) -> None:
+    """Each candidate against the engine as it is; `together` candidates are started at the same time, in its memory too."""
     from cs336_alignment.inference import SamplingParams
     from cs336_alignment.vllm_engine import VLLMEngine
     full = SamplingParams(max_tokens=tokens, stop=(), ignore_eos=True, logprobs=None)
-    natural = SamplingParams(max_tokens=tokens, min_tokens=4, logprobs=None)
-    rows, names = {}, list(candidates)
+    loads = {"full": full} | ({"natural": SamplingParams(max_tokens=tokens, min_tokens=4, logprobs=None)} if natural else {})
+    prompts, rows, names = (work["prompts"] * n)[:n], {}, list(candidates)
 
     def start(change: dict):
         try:
@@ -266,24 +267,22 @@ def pairs(work: dict, options: dict, tokens: int, sizes: list[int], turns: int, 
                     rows[name] = {"error": other}
                     continue
                 with other:
-                    work_loads = {f"{n} full": ((work["prompts"] * n)[:n], full) for n in sizes}
-                    work_loads["natural"] = ((work["prompts"] * max(sizes))[:max(sizes)], natural)
                     rows[name] = {}
-                    for load, (prompts, sampling) in work_loads.items():
+                    for load, sampling in loads.items():
                         rows[name][load] = pair(base, other, prompts, sampling, turns)
-                        save({"rows": rows})
+                        save({"sequences": n, "rows": rows})
                 print(f"{name:32} " + "  ".join(f"{load}: ×{r['ratio']:.2f}" for load, r in rows[name].items()), flush=True)
-            save({"rows": rows})
+            save({"sequences": n, "rows": rows})
 
 
 # --- the command
 
-def engine_options(work: dict, small: bool, shape: str) -> dict:
+def engine_options(work: dict, small: bool) -> dict:
     """The engine as the project's runs have it, small enough to stand beside others."""
     from cs336_alignment.side_by_side import ENGINE
     if small:
         return {"gpu_memory_utilization": 0.05, "enforce_eager": True, "max_num_seqs": 16, "dtype": "float32"}
-    return ENGINE | {"gpu_memory_utilization": {"pocket": 0.1, "course": 0.16}[shape], "max_model_len": work["context"]}
+    return ENGINE | {"gpu_memory_utilization": 0.16, "max_model_len": work["context"]}
 
 
 def run_here(part: str, shape: str, small: bool, tokens: int, turns: int, model: str, save) -> None:
@@ -293,12 +292,12 @@ def run_here(part: str, shape: str, small: bool, tokens: int, turns: int, model:
         if model:
             from cs336_alignment.models import model_dir
             work["model"] = str(model_dir(model))
-        options = engine_options(work, small, shape)
+        options = engine_options(work, small)
         if part == "profile":
             profile(work, options, tokens, sizes, save)
         else:
             candidates = {k: CANDIDATES[k] for k in ("no detokenisation", "2 engines")} if small else CANDIDATES
-            pairs(work, options, tokens, sizes, turns, save, candidates)
+            pairs(work, options, tokens, max(sizes), turns, save, natural=shape == "pocket", candidates=candidates)
 
 
 def main(out: Path = STORED, small: bool = False, part: str = typer.Option("", help="profile or pairs; default both"),
@@ -325,7 +324,7 @@ def main(out: Path = STORED, small: bool = False, part: str = typer.Option("", h
         for p in (part,) if part else ("profile", "pairs"):
             command = [sys.executable, __file__, "--here", "--shape", s, "--part", p, "--out", out, "--tokens", tokens,
                        "--turns", turns, "--model", model]
-            with multi_process_service():  # as the project's runs have it
+            with multi_process_service() if p == "pairs" else nullcontext():  # as the project's runs have it
                 code = subprocess.call(list(map(str, command)) + ["--small"] * small)
             failed += [f"{s} {p}"] if code else []
     print("failed parts:", ", ".join(failed) or "none")

@@ -141,6 +141,16 @@ def trl_row(name: str, work: dict, size: int, options: dict, steps: int) -> dict
 
 # --- the search
 
+def tidy() -> None:
+    """Frees what the last trainer held; torch's compiler keeps what it has compiled for vLLM, in this same process."""
+    import gc
+
+    import torch
+    gc.collect()
+    if G.on_gpu():
+        torch.cuda.empty_cache()
+
+
 def search(sizes: tuple[int, ...], options: dict, row, deadline: float, save) -> dict:
     """Rows of the sizes, of one option more each, and of all that helped; `row(name, size, options)` measures one.
 
@@ -157,7 +167,7 @@ def search(sizes: tuple[int, ...], options: dict, row, deadline: float, save) ->
             done = {"variant": name, "micro_batch": size, "options": extra, "error": f"{type(error).__name__}: {error}"[:500]}
             print(f"{name}: {done['error']}", flush=True)
         rows.append(done)
-        G.free()
+        tidy()
         save(found())
         return done
 
