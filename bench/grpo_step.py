@@ -48,7 +48,10 @@ class WholeGPU:
 
     def watch(self):
         import subprocess
-        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+
+        from cs336_alignment.vllm_engine import visible_gpus
+        first = (visible_gpus() or ["0"])[0]
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", first]
         while on_gpu() and not self.ended.wait(0.5):
             try:
                 answer = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()

@@ -155,3 +155,48 @@ def test_parts_are_timed_where_they_are_and_left_out_where_not():
     assert set(seconds) == {"schedule", "output", "step"} and seconds["step"] >= seconds["schedule"] >= 0.01
     engine.step()
     assert seconds["schedule"] < 0.02  # no timer is left
+
+
+class FakeVLLM:
+    """In place of VLLMEngine: each token takes a millisecond, half of it in `process_outputs` unless text is made late."""
+
+    def __init__(self, model, in_process=False, late_text=False, **options):
+        from types import SimpleNamespace as Thing
+
+        from cs336_alignment.models import load_policy
+        if options.get("kv_cache_dtype"):
+            raise RuntimeError("a traceback\nno such cache")
+        self.tokenizer = load_policy("micro", device="cpu")[1]
+        core = Thing(output_processor=Thing(process_outputs=lambda: time.sleep(0 if self.backend.late_text else 0.0005)))
+        core.step = lambda: (time.sleep(0.0005), core.output_processor.process_outputs())
+        self.backend = Thing(late_text=late_text, llm=Thing(llm_engine=core))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        pass
+
+    def generate(self, prompts, sampling, progress):
+        from types import SimpleNamespace as Thing
+        for _ in range(sampling.max_tokens):
+            self.backend.llm.llm_engine.step()
+        return [[Thing(token_ids=[0] * sampling.max_tokens)] for _ in prompts]
+
+
+@pytest.mark.parametrize("part", ["profile", "pairs"])
+def test_a_part_of_the_profile_with_an_engine_that_is_not_real(part, tmp_path, monkeypatch, capsys):
+    from cs336_alignment import vllm_engine
+    monkeypatch.setattr(vllm_engine, "VLLMEngine", FakeVLLM)
+    monkeypatch.setitem(decode_profile.CANDIDATES, "2 engines", {"kv_cache_dtype": "fp8"})  # one that does not start
+    out = tmp_path / "o.json"
+    decode_profile.run_here(part, "pocket", True, 20, 2, "", lambda found: decode_profile.store(out, "pocket", part, found))
+    rows = json.loads(out.read_text())["pocket"][part]["rows"]
+    if part == "pairs":
+        assert rows["2 engines"] == {"error": "did not start: no such cache"}
+        assert rows["no detokenisation"]["full"]["ratio"] > 1.2 and "natural" in rows["no detokenisation"]
+    else:
+        with_text, late = rows[0], rows[2]
+        assert [(r["sequences"], r["late_text"]) for r in rows] == [(2, False), (4, False), (2, True), (4, True)]
+        assert with_text["clock_ms"] > 1.2 * late["clock_ms"] and with_text["host_ms"]["output"] > 0.4
+        assert with_text["gpu_ms"] == 0 and with_text["host_ms"]["rest"] < with_text["host_ms"]["step"]
