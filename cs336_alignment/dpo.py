@@ -151,7 +151,7 @@ def micro_preferences(n: int, seed: int = 0, split: str = "train") -> list[Prefe
 def preference_examples(tokenizer, pairs: Sequence[Preference]) -> list[tuple]:
     """Each pair as two examples of E3, (chosen, rejected): their common first tokens, and what follows.
 
-    A pair whose responses are the same tokens prefers nothing and is left out. Raises ValueError for an empty response."""
+    A pair whose responses are the same tokens prefers nothing: left out. Raises ValueError for an empty response."""
     rows = []
     for p in pairs:
         a, b = (preference_ids(tokenizer, p.instruction, response) for response in (p.chosen, p.rejected))
@@ -343,9 +343,8 @@ def dpo(config: DPOConfig, engine=None, root: Path | str | None = None, force: b
     """DPO as `config` (from `dpo_config`) says; the run's summary, with the best accuracy and its step. A finished run
     is read. Arguments as of `instruct` (21); kept is the policy of the best evaluation, and its tokenizer.
 
-    Pairs that do not fit are left out and counted (`too_long`), so are those of the same tokens (`same_tokens`).
-    Raises DataError, DataMissing, RunConflict.
-    """
+    Pairs that do not fit are left out and counted (`too_long`), so are those of the same tokens (`same_tokens`). Raises
+    DataError, DataMissing, RunConflict."""
     *pairs, files = preference_data(config)
     with open_run(config, root, force) as run:
         if run.summary:

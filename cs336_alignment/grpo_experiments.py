@@ -7,8 +7,8 @@ __all__ = ['inference', 'leaderboard', 'models', 'side_by_side', 'vllm_engine', 
            'GRID', 'NO_CLIP', 'EXPERIMENTS', 'FULL', 'SEEDS', 'GRPO_RATES', 'STARTS', 'START', 'GSM8K', 'OWN', 'LAYOUT',
            'ABOUT', 'grpo_command_config', 'check_problems', 'check_experiment', 'main', 'run_command',
            'learning_curve', 'off_policy', 'variants', 'grpo_start_config', 'experiment_config', 'experiment_runs',
-           'show_runs', 'run_grpo_experiment', 'run_experiment', 'report', 'crossed_configs', 'add_command', 'race',
-           'leaderboard_command']
+           'unpublished', 'show_runs', 'run_grpo_experiment', 'run_experiment', 'report', 'crossed_configs',
+           'add_command', 'race', 'leaderboard_command']
 
 # %% ../nbs/13_grpo_experiments.ipynb #a4f9d6f6
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -25,8 +25,8 @@ from .cli import (Changes, GpuShare, Replicas, Root, Seed, TrackName, later, onl
                                  parse_changes, stop, told)
 from .data import fill_prompt, load_prompt, problem_sets
 from .grpo_settings import NAMED, PRESETS, GRPOConfig, grpo_config
-from .runs import (check_folder, name_part, policy_name, publish, read_metrics, read_summary, run_folder,
-                                  variant_name)
+from .runs import (check_folder, name_part, policy_name, publish, read_metrics, read_summary, read_table,
+                                  repo_root, run_folder, variant_name)
 from .sft_math_reasoning import SFTConfig, sft_config
 
 inference, leaderboard, models, side_by_side, vllm_engine = (later(f"cs336_alignment.{name}") for name in (
@@ -183,7 +183,9 @@ OWN: dict[str, dict[str, dict[str, Settings]]] = {  # variants of one track only
 
 # %% ../nbs/13_grpo_experiments.ipynb #150023f3
 def variants(command: str, track: str) -> dict[str, Settings]:
-    """The variants of a command on a track, by name: settings that differ from the base."""
+    """The variants of a command (or of "all" commands) on a track, by name: settings that differ from the base."""
+    if command == "all":
+        return {name: settings for command in EXPERIMENTS for name, settings in variants(command, track).items()}
     rates = {f"lr{rate:g}": dict(learning_rate=rate) for rate in GRPO_RATES[track]} if command == "lr-sweep" else {}
     return EXPERIMENTS[command] | rates | OWN[track].get(command, {})
 
@@ -210,14 +212,26 @@ def experiment_config(track: str, variant: str, settings: Settings, seed: int,
 # %% ../nbs/13_grpo_experiments.ipynb #e630fc87
 def experiment_runs(command: str, track: str, seeds: int | None = None, only: Sequence[str] = (),
                     changes: Settings | None = None) -> list[tuple[GRPOConfig, SFTConfig | None]]:
-    """All runs of a command, seed by seed. Raises ValueError for an unknown track, variant or setting."""
+    """All runs of a command, seed by seed; of "all", variant by variant. Raises ValueError for an unknown track,
+    variant or setting."""
     if track not in OWN:
         raise ValueError(f"unknown track {track!r}: choose from {', '.join(OWN)}")
     table = variants(command, track)
     if unknown := set(only) - set(table):
         raise ValueError(f"{command} has no variant {', '.join(sorted(unknown))}; there are: {', '.join(table)}")
-    return [experiment_config(track, name, settings, seed, **changes or {})
-            for seed in range(seeds or SEEDS[track]) for name, settings in table.items() if not only or name in only]
+    pairs = [(name, seed) for seed in range(seeds or SEEDS[track]) for name in only or table]
+    if command == "all":  # so that what is cut off leaves whole variants
+        pairs.sort(key=lambda pair: list(table).index(pair[0]))
+    return [experiment_config(track, name, table[name], seed, **changes or {}) for name, seed in pairs]
+
+
+def unpublished(runs: Sequence[tuple[GRPOConfig, SFTConfig | None]]) -> list[tuple[GRPOConfig, SFTConfig | None]]:
+    """Those runs that `results/` does not hold: a machine goes on where another stopped."""
+    known = set()
+    for family in {f"{config.family}_{config.track}" for config, _ in runs}:
+        table = repo_root() / "results" / family / "runs.csv"
+        known |= {(family, r["variant"], r["seed"]) for r in read_table(table)} if table.exists() else set()
+    return [(c, start) for c, start in runs if (f"{c.family}_{c.track}", c.variant, c.seed) not in known]
 
 # %% ../nbs/13_grpo_experiments.ipynb #f838712e
 def show_runs(runs: Sequence[tuple[GRPOConfig, SFTConfig | None]], root: Path | None = None) -> None:
@@ -289,22 +303,24 @@ def add_command(name: str) -> None:
                 model: Annotated[str | None, Option("start from this model instead")] = None, root: Root = None,
                 processes: Annotated[int | None, Count("side by side (default: 4 a GPU, course 1; 1 a core)")] = None,
                 share: Annotated[float | None, typer.Option(min=0.01, max=1, help="each engine's of its GPU's memory")]
-                = None, dry_run: Annotated[bool, Option("only print the runs")] = False):
+                = None, missing: Annotated[bool, Option("leave out runs that are published")] = False,
+                dry_run: Annotated[bool, Option("only print the runs")] = False):
         with told():
             changes = parse_changes(settings, "track", "seed", "variant", model=model, n_grpo_steps=steps)
             runs = experiment_runs(name, track, seeds, only, changes)
+            runs = unpublished(runs) if missing else runs
             check_experiment(runs, root, look=not dry_run)
-        if dry_run:
-            return show_runs(runs, root)
+        if dry_run or not runs:
+            return show_runs(runs, root) if runs else print("nothing is missing: all these runs are published")
         with told(ValueError, OSError, RuntimeError):
             run_experiment(name, runs, root, processes, share)
             if not root and not changes:
                 print("published:", publish(f"grpo_experiments_{track}"))
 
-    app.command(name, help=ABOUT[name])(command)
+    app.command(name, help=ABOUT.get(name, "All variants of these, each once."), hidden=name not in ABOUT)(command)
 
-
-for name in ABOUT:
+# %% ../nbs/13_grpo_experiments.ipynb #d66cb00e
+for name in (*ABOUT, "all"):
     add_command(name)
 
 # %% ../nbs/13_grpo_experiments.ipynb #6bef78c6

@@ -11,7 +11,7 @@ from sphinx.util import logging
 
 ROOT = Path(__file__).resolve().parents[1]
 TOC = {"The course": "nbs/[01]*.ipynb", "The supplement": "nbs/2*.ipynb", "The engine room": "nbs/[!0-9]*.ipynb",
-       "The project": ["CONTRIBUTING.md", "LOG.md", "results/README.md", "data/README.md"]}
+       "The project": ["README.zh.md", "CONTRIBUTING.md", "LOG.md", "results/README.md", "data/README.md"]}
 
 project = html_title = "CS336 assignment 5, executable"
 copyright, html_show_copyright, html_show_sphinx, language = "", False, False, "en"

@@ -236,6 +236,22 @@ def test_the_queue_wants_the_model_and_problems_of_its_track(tmp_path, monkeypat
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_is_published_is_not_missing(tmp_path, monkeypatch):
+    """`all` is no tenth command in the help, but runs what the tables lack; with nothing to run it says so."""
+    shown = call("grpo_experiments", "--help", cwd=tmp_path)[1]
+    assert "│ variants " in shown and "│ all " not in shown
+    home = tmp_path / "results" / "grpo_experiments_micro"
+    home.mkdir(parents=True)
+    (home / "runs.csv").write_text("variant,seed\nbaseline,0\nno_std,1\n")
+    monkeypatch.setenv("CS336_ROOT", str(tmp_path))
+    missing = lambda *more: call("grpo_experiments", "std-norm", "--track", "micro", "--seeds", "2", "--missing", *more, cwd=tmp_path)[1]
+    assert [line.split(",")[0] for line in missing("--dry-run").splitlines() if line] == ["no_std: 1 seeds", "baseline: 1 seeds"]
+    (home / "runs.csv").write_text("variant,seed\n" + "".join(f"{v},{k}\n" for v in ("baseline", "no_std") for k in (0, 1)))
+    assert missing() == "nothing is missing: all these runs are published\n"
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["grpo_experiments_micro"]
+
+
+
 @pytest.mark.parametrize("command", [[], ["std-norm"]])
 def test_overlap_without_vllm_is_refused_before_anything_is_written(command, tmp_path, monkeypatch):
     from typer.testing import CliRunner

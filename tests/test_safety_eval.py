@@ -60,6 +60,13 @@ def test_letters_of_other_kinds(text, letter):
     assert parse_mmlu_response(MMLU, text) == letter
 
 
+@pytest.mark.parametrize("text, letter", [("The correct answer is C. B. F. Skinner.", "C"), ("The correct answer is C. b. f. skinner", "C"),
+                                          ("A. R. Radcliffe", "A"), ("The correct answer is D. H. Lawrence", None)])
+def test_a_letter_before_its_own_option_is_no_initial(text, letter):
+    example = {"subject": "psychology", "question": "Who?", "options": ["R. Radcliffe", "William James", "B. F. Skinner", "Wundt"], "answer": "C"}
+    assert parse_mmlu_response(example, text) == letter
+
+
 @pytest.mark.parametrize("text", [
     "", " ", "\n", "A good question, and a hard one.", "A good question…", "I do not know.", "I", "I think it depends.", "The answer is a virus.", "The answer is",
     "The correct answer is _", "The correct answer is _.", "The answer is A or B.", "The answer is A and C.", "The answer is A/B.", "A, B", "A and B", "Either (A) or (B).",
