@@ -2,6 +2,8 @@
 
     python bench/grpo_step.py                                   # one GPU, about eight minutes
     python bench/grpo_step.py --only pocket                     # 135M parameters, responses of 256 tokens
+    python bench/grpo_step.py --trl                             # and TRL's trainer (trl_step.py), about 20 minutes in all
+    python bench/grpo_step.py --only lean                       # the course shape as for a card with 24 GB; needs torchao
     python bench/grpo_step.py --small --out /tmp/step.json      # a smoke test on any machine, under a minute
 
 Both sides sample 256 responses (32 questions, groups of 8) and make one update (reinforce_with_baseline, masked_mean).
@@ -11,12 +13,17 @@ to `--replicas` (course: two), float32 weights, packed rows, compiled layers on 
 dropped. The same on both sides: rewards are random (a grader would be fed noise here), so that the share of responses with
 a non-zero advantage is known, all or 40%; and responses have the full length (ignore_eos). The fastest of a few steps
 counts, after one to warm up; all are kept (`step_s_all`). Peak memory: the trainer's (torch's max_memory_allocated) and the
-whole GPU's (nvidia-smi, with the engines' reserved caches).
+whole GPU's (nvidia-smi, with the engines' reserved caches). `response_tokens_per_s`: sampled tokens over the step's seconds.
+`update_mfu`: model FLOPs of the responses with an advantage (`model_flops` of training_throughput.py: no padding, no
+recomputation, no second forward pass counts) over the update's seconds and the bfloat16 matrix rate measured here.
 """
 
+import importlib.util
 import json
 import math
 import sys
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +48,10 @@ class WholeGPU:
 
     def watch(self):
         import subprocess
-        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+
+        from cs336_alignment.vllm_engine import visible_gpus
+        first = (visible_gpus() or ["0"])[0]
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", first]
         while on_gpu() and not self.ended.wait(0.5):
             try:
                 answer = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()
@@ -105,7 +115,42 @@ class FullLength:
             self.engine.load_weights(policy)
 
 
-def measure(name: str, step, n: int) -> dict:
+@cache
+def matrix_rate() -> float:
+    """FLOP/s of a bfloat16 matrix product on this device."""
+    from training_throughput import matrix_peak
+    return matrix_peak(8192 if on_gpu() else 256)
+
+
+def step_flops(work: dict) -> float:
+    """Model FLOPs of training on all responses of a step, once."""
+    import torch
+    from training_throughput import model_flops
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from cs336_alignment.packing import Example
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(work["model"]))
+    lengths = map(len, work["tokenizer"](work["prompts"], add_special_tokens=False).input_ids)
+    examples = [Example([0] * k, [0] * work["tokens"]) for k in lengths for _ in range(work["group"])]
+    return model_flops(model, examples, logits_everywhere=False)
+
+
+def rates(work: dict, step_s: float, update_s: float, share: float) -> dict[str, float]:
+    """Tokens a second over the step, and the MFU of an update on `share` of the responses."""
+    return {"response_tokens_per_s": work["n"] * work["tokens"] / step_s,
+            "update_mfu": share * step_flops(work) / update_s / matrix_rate()}
+
+
+def show_row(row: dict) -> None:
+    """Prints a measured row."""
+    phases = "  ".join(f"{k} {v:.2f}" for k, v in row["phases_s"].items())
+    print(f"{row['variant']:52} {row['step_s']:8.2f} s  ({phases})  {row['response_tokens_per_s']:,.0f} tokens/s  "
+          f"MFU {row['update_mfu']:.1%}  trainer {row.get('trainer_peak_gb', 0):.1f} GB, GPU {row.get('gpu_peak_gb', 0):.1f} GB",
+          flush=True)
+
+
+def measure(name: str, step, n: int, work: dict, share: float) -> dict:
     """One warm-up step and `n` timed ones; `step()` returns its seconds by phase. Per phase those of the fastest step."""
     import time
 
@@ -122,11 +167,10 @@ def measure(name: str, step, n: int) -> dict:
             turns.append((time.perf_counter() - start, phases))
     best, phases = min(turns, key=lambda turn: turn[0])
     row = {"variant": name, "step_s": best, "phases_s": phases, "first_step_s": first, "step_s_all": [s for s, _ in turns]}
+    row |= rates(work, best, phases["update"], share)
     if on_gpu():
         row |= {"trainer_peak_gb": torch.cuda.max_memory_allocated() / 1e9, "gpu_peak_gb": gpu.peak}
-    shown = "  ".join(f"{k} {v:.2f}" for k, v in phases.items())
-    print(f"{name:52} {best:8.2f} s  ({shown})  trainer {row.get('trainer_peak_gb', 0):.1f} GB, "
-          f"GPU {row.get('gpu_peak_gb', 0):.1f} GB", flush=True)
+    show_row(row)
     return row
 
 
@@ -151,21 +195,24 @@ def literal_steps(config, policy, tokenizer, engine, problems):
     return step
 
 
-def refined_steps(config, policy, engine, problems, share: float, pass_tokens: int):
-    """The same for `grpo_step`, with `share` of the responses having an advantage."""
+def refined_steps(config, policy, engine, problems, share: float, pass_tokens: int, lean: bool = False):
+    """The same for `grpo_step`, with `share` of the responses having an advantage. lean: as E7's lean runs do it."""
     from itertools import count
+    from types import SimpleNamespace
     from unittest import mock
 
     from cs336_alignment import grpo
+    from cs336_alignment.grpo_runs import asleep
     from cs336_alignment.packing import make_optimizer
-    timed_engine, optimizer, number = FullLength(engine), make_optimizer(policy, config.learning_rate), count(1)
+    optimizer = make_optimizer(policy, config.learning_rate, state_bits=8 if lean else 32)
+    timed_engine, number, state = FullLength(engine), count(1), SimpleNamespace(engine=engine, lean=lean)
     rewards = RandomRewards(config.rollout_batch_size, config.group_size, share)
 
     def step() -> dict[str, float]:
         timed_engine.seconds.clear()
         k = next(number)
         completions, truths = grpo.sample_rollouts(config, timed_engine, problems, k)
-        with mock.patch.object(grpo, "reward_fn_of", lambda prompt: rewards):
+        with asleep(state, timed_engine.seconds), mock.patch.object(grpo, "reward_fn_of", lambda prompt: rewards):
             line = grpo.grpo_step(config, policy, optimizer, completions, truths, k, pass_tokens=pass_tokens)
         timed_engine.load_weights(policy)
         return {phase: (line | timed_engine.seconds)[f"s_{phase}"] for phase in ("rollout", "reward", "old", "update", "sync")}
@@ -217,26 +264,26 @@ def rollout_seconds(engine, prompts, sampling, repeats: int) -> dict[int, float]
 
 # --- the two settings
 
-def compare(build, model_name, tokenizer, problems, config, replicas: int, options: dict, pass_tokens: int, steps: int,
-            save, try_teams: bool) -> None:
+def compare(work: dict, replicas: int, options: dict, steps: int, save, try_teams: bool) -> None:
     """The literal loop, with one of the engines; then ours, with 100% and 40% of the responses having an advantage.
 
-    `build(dtype)` makes the policy. `save` takes the result after each. `try_teams`: with the best number of engines."""
+    `save` takes the result after each. `try_teams`: with the best number of engines."""
     import traceback
 
     import torch
 
-    from cs336_alignment.data import fill_prompt, load_prompt
     from cs336_alignment.inference import SamplingParams
     from cs336_alignment.packing import compile_policy
     from cs336_alignment.vllm_engine import vllm_problem
-    half = torch.bfloat16 if on_gpu() else torch.float32
+    half, build = torch.bfloat16 if on_gpu() else torch.float32, work["build"]
+    config, problems, pass_tokens = work["config"], work["problems"], work["pass_tokens"]
     result = {"rollouts": config.rollout_batch_size, "group_size": config.group_size, "response_tokens": config.max_tokens,
-              "rollout_s_by_engines": {}, "pass_tokens": pass_tokens, "engine_options": options, "variants": []}
+              "rollout_s_by_engines": {}, "pass_tokens": pass_tokens, "engine_options": options, "vllm": vllm_number(),
+              "matrix_tflops": matrix_rate() / 1e12, "variants": []}
 
-    def attempt(name: str, make, n: int) -> None:  # after an error the others still run
+    def attempt(name: str, make, n: int, share: float) -> None:  # after an error the others still run
         try:
-            row = measure(name, make(), n)
+            row = measure(name, make(), n, work, share)
         except Exception as error:
             traceback.print_exc()
             row = {"variant": name, "error": f"{type(error).__name__}: {error}"[:2000]}
@@ -250,17 +297,22 @@ def compare(build, model_name, tokenizer, problems, config, replicas: int, optio
             compile_policy(policy)
         return refined_steps(config, policy, e, problems, share, pass_tokens)
 
-    with start_engine(model_name, replicas, config.rollout_batch_size, options) as e:
+    with start_engine(work["model"], replicas, config.rollout_batch_size, options) as e:
         e.load_weights(build(half))  # all the engines, before one works alone: it shares the memory for weights with them
         with one_at_work(e):
             attempt("literal: one engine, padded pairs",
-                    lambda: literal_steps(config, build(half), tokenizer, e, problems), max(1, steps - 1))
+                    lambda: literal_steps(config, build(half), work["tokenizer"], e, problems), max(1, steps - 1), 1.0)
         if try_teams and not vllm_problem():
-            prompts = [fill_prompt(load_prompt(config.prompt), p.question) for p in problems]
             sampling = SamplingParams(n=config.group_size, max_tokens=config.max_tokens, stop=(), ignore_eos=True, logprobs=None)
-            result["rollout_s_by_engines"] = rollout_seconds(e, prompts, sampling, steps - 1)
+            result["rollout_s_by_engines"] = rollout_seconds(e, work["prompts"], sampling, steps - 1)
         for share in (1.0, 0.4):
-            attempt(f"ours, {share:.0%} with an advantage", lambda: ours(e, share), steps)
+            attempt(f"ours, {share:.0%} with an advantage", lambda: ours(e, share), steps, share)
+
+
+def vllm_number() -> str | None:
+    """vLLM's version, or None."""
+    from cs336_alignment.vllm_engine import vllm_version
+    return vllm_version()
 
 
 def speedups(rows: list[dict]) -> dict[str, float]:
@@ -277,30 +329,38 @@ def settings(small: bool, n: int, group: int, max_tokens: int, prompt: str):
                        n_grpo_steps=10**6)
 
 
-def pocket(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
-    """SmolLM2-135M on GSM-Symbolic questions, responses of 256 tokens (--small: the micro model on sums, 12 tokens)."""
+@contextmanager
+def workload(name: str, small: bool):
+    """What all sides of a setting do: its model, questions and sizes; for as long as the block runs."""
+    import tempfile
+
+    from cs336_alignment.data import fill_prompt, load_prompt
+    with tempfile.TemporaryDirectory(prefix="grpo_step_") as folder:
+        work = {"pocket": pocket_work, "course": course_work}[name](small, folder)
+        config = settings(small, work["n"], work["group"], work["tokens"], work.pop("prompt"))
+        template = load_prompt(config.prompt)
+        yield {"gpu_memory_utilization": 0.3} | work | {
+            "config": config, "prompts": [fill_prompt(template, p.question) for p in work["problems"]]}
+
+
+def pocket_work(small: bool, folder: str) -> dict:
     from cs336_alignment.data import load_problems
-    from cs336_alignment.models import load_policy
-    from cs336_alignment.side_by_side import ENGINE
+    from cs336_alignment.models import load_policy, model_dir
     model, data, prompt = ("micro", "micro", "micro") if small else ("smollm2-135m", "gsm_symbolic", "r1_zero")
     n, group, tokens, pass_tokens = (16, 4, 12, 500) if small else (256, 8, 256, 32_768)
-    build = lambda dtype: load_policy(model, dtype=dtype)[0]
-    options = {"gpu_memory_utilization": 0.2} | ENGINE | vllm
-    compare(build, model, load_policy(model)[1], load_problems(data, "train", n=n // group),
-            settings(small, n, group, tokens, prompt), replicas, options, pass_tokens, steps, save, try_teams=True)
+    return {"model": str(model_dir(model)), "build": lambda dtype: load_policy(model, dtype=dtype)[0],
+            "tokenizer": load_policy(model)[1], "problems": load_problems(data, "train", n=n // group), "prompt": prompt,
+            "n": n, "group": group, "tokens": tokens, "pass_tokens": pass_tokens, "context": None if small else 2048}
 
 
-def course(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
-    """The shape of Qwen2.5-Math-1.5B with random weights: prompts of 150 random tokens, responses of 1,024."""
+def course_work(small: bool, folder: str) -> dict:
     import random
-    import tempfile
 
     import torch
     from training_throughput import QWEN_1_5B  # the bench beside this one
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from cs336_alignment.data import Problem
-    from cs336_alignment.side_by_side import ENGINE
     shape, rng = TINY if small else QWEN_1_5B, random.Random(0)
     n, group, length, tokens, pass_tokens = (16, 4, 10, 16, 500) if small else (256, 8, 150, 1024, 4 * 1173)
     problems = [Problem(" ".join(f"t{i}" for i in rng.choices(range(3, 90), k=length)), "0") for _ in range(n // group)]
@@ -309,13 +369,57 @@ def course(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
         torch.manual_seed(0)
         with torch.device("cuda" if on_gpu() else "cpu"):
             return Qwen2ForCausalLM(Qwen2Config(**shape)).to(dtype)
-    # of an H200's 151 GB 29 for two engines: either alone has room for all 256 sequences, or the literal loop's would queue
-    options = {"gpu_memory_utilization": 0.19, "max_model_len": length + tokens + 106} | ENGINE | vllm
-    with tempfile.TemporaryDirectory(prefix="grpo_step_") as folder:
-        tokenizer = save_random_weights(build, shape["vocab_size"], folder)
-        (Path(folder) / "bare.prompt").write_text("{question}")
-        compare(build, folder, tokenizer, problems, settings(small, n, group, tokens, f"{folder}/bare.prompt"),
-                min(replicas, 2), options, pass_tokens, min(steps, 2), save, try_teams=False)
+
+    tokenizer = save_random_weights(build, shape["vocab_size"], folder)
+    (Path(folder) / "bare.prompt").write_text("{question}")
+    return {"model": folder, "build": build, "tokenizer": tokenizer, "problems": problems, "prompt": f"{folder}/bare.prompt",
+            "n": n, "group": group, "tokens": tokens, "pass_tokens": pass_tokens, "context": length + tokens + 106}
+
+
+def pocket(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
+    """SmolLM2-135M on GSM-Symbolic questions, responses of 256 tokens (--small: the micro model on sums, 12 tokens)."""
+    from cs336_alignment.side_by_side import ENGINE
+    with workload("pocket", small) as work:
+        compare(work, replicas, {"gpu_memory_utilization": 0.2} | ENGINE | vllm, steps, save, try_teams=True)
+
+
+def course(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
+    """The shape of Qwen2.5-Math-1.5B with random weights: prompts of 150 random tokens, responses of 1,024."""
+    from cs336_alignment.side_by_side import ENGINE
+    with workload("course", small) as work:
+        # of an H200's 151 GB 29 for two engines: either alone has room for all 256 sequences, or the literal loop's would queue
+        options = {"gpu_memory_utilization": 0.19, "max_model_len": work["context"]} | ENGINE | vllm
+        compare(work, min(replicas, 2), options, min(steps, 2), save, try_teams=False)
+
+
+LEAN_GB = 11.0  # what the lean setting lets its engine take: weights, working memory, keys and values of about 100 responses
+
+
+def lean(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
+    """The course shape as for a card with 24 GB: the engine asleep during updates, checkpointed, 8-bit states."""
+    import torch
+
+    from cs336_alignment.packing import checkpoint_activations, compile_policy, eight_bit_adamw
+    eight_bit_adamw()
+    gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if on_gpu() else LEAN_GB
+    with workload("course", small) as work:
+        options = {"gpu_memory_utilization": LEAN_GB / gpu_gb, "max_model_len": work["context"], "max_num_seqs": 112,
+                   "enable_sleep": True} | vllm
+        result = {"rollouts": work["n"], "group_size": work["group"], "response_tokens": work["tokens"], "variants": [],
+                  "pass_tokens": work["context"], "engine_options": options, "vllm": vllm_number()}
+        with start_engine(work["model"], 1, work["n"], options) as e:
+            for share in (1.0, 0.4):
+                policy = work["build"](torch.float32)
+                checkpoint_activations(policy)
+                if on_gpu():
+                    compile_policy(policy)
+                e.load_weights(policy)
+                step = refined_steps(work["config"], policy, e, work["problems"], share, 500 if small else work["context"], lean=True)
+                name = f"ours, lean, {share:.0%} with an advantage"
+                result["variants"].append(measure(name, step, min(steps, 2), work, share))
+                save(result)
+                del policy, step
+                free()
 
 
 def save_random_weights(build, vocab_size: int, folder: str):
@@ -336,22 +440,35 @@ def save_random_weights(build, vocab_size: int, folder: str):
 
 
 def main(out: Path = STORED, small: bool = False, steps: int = 3, replicas: int = 4,
-         only: str = typer.Option("", help="pocket or course; default both"),
+         only: str = typer.Option("", help="pocket, course or lean; default the first two"),
+         trl: bool = typer.Option(False, "--trl", help="TRL's trainer too, after the others (trl_step.py)"),
          vllm: Annotated[dict, typer.Option(parser=json.loads, help="more options for vLLM, as JSON")] = "{}",
          here: bool = typer.Option(False, help="in this process", hidden=True)) -> None:
     """Measures both settings, prints a table, writes JSON after each variant, so that a stopped run leaves those before."""
-    if only not in ("", "pocket", "course"):
-        refuse(f"--only is pocket or course, not {only!r}")
+    if only not in ("", "pocket", "course", "lean"):
+        refuse(f"--only is pocket, course or lean, not {only!r}")
     from cs336_alignment.cli import bench_refusal  # here: so that the file is read at once
-    if problem := bench_refusal(small, out, STORED, on_gpu()):
+    problem = bench_refusal(small, out, STORED, on_gpu())
+    if not problem and trl:
+        from trl_step import trl_problem
+        problem = trl_problem()
+    if not problem and only == "lean":
+        problem = None if importlib.util.find_spec("torchao") else "--only lean needs torchao: pip install torchao"
+    if problem:
         refuse(problem)
     if on_gpu() and not here:  # trainer and engines share the GPU
         import subprocess
 
         from cs336_alignment.vllm_engine import multi_process_service
         with multi_process_service():
-            sys.exit(subprocess.call([sys.executable, *sys.argv, "--here"]))
-    sys.exit(measure_all(out, small, steps, replicas, only, vllm))
+            failed = subprocess.call([sys.executable, *sys.argv, "--here"])
+    else:
+        failed = measure_all(out, small, steps, replicas, only, vllm)
+    if trl and not here:  # TRL's engine is in its own process, which has the GPU for itself
+        from trl_step import run_apart
+        names = [name for name in ("pocket", "course") if name == (only or name)]
+        failed = max([failed, *(run_apart(name, out, small) for name in names)])
+    sys.exit(failed)
 
 
 def refuse(message: str) -> None:
@@ -372,14 +489,15 @@ def measure_all(out: Path, small: bool, steps: int, replicas: int, only: str, vl
     result |= {"gpu": gpu, "torch": torch.__version__, "transformers": transformers.__version__, "small": small,
                "rewards": "random: 100% or 40% of the groups are mixed; grading is not part of the step"}
     print(f"{gpu}, torch {torch.__version__}")
-    chosen = {name: setting for name, setting in {"pocket": pocket, "course": course}.items() if only in ("", name)}
-    for name, setting in chosen.items():
+    chosen = [only] if only else ["pocket", "course"]
+    for name in chosen:
+        setting = globals()[name]
         start = time.perf_counter()
-        result.pop(name, None)
+        kept = {"trl": trl} if (trl := result.pop(name, {}).get("trl")) else {}  # TRL's rows, measured apart
         print(f"\n{name}: {setting.__doc__}", flush=True)
 
         def save(measured: dict) -> None:
-            result[name] = measured | {"wall_s": time.perf_counter() - start}
+            result[name] = kept | measured | {"wall_s": time.perf_counter() - start}
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(result, indent=1) + "\n")
         try:

@@ -75,12 +75,12 @@ Option, Count = lambda text: typer.Option(help=text), lambda text: typer.Option(
 def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS))] = "pocket", seed: Seed = None,
          model: Annotated[str | None, Option("the start policy: a model's name or folder")] = None,
          data: Annotated[str | None, Option("gsm_symbolic | gsm8k | math | micro, for training and evaluation")] = None,
-         steps: int | None = None, lr: float | None = None,
+         steps: int | None = None, lr: float | None = None, root: Root = None,
          variant: Annotated[str | None, Option("the run's name in its family (default: what differs)")] = None,
          named: Annotated[str | None, Option(" | ".join(NAMED))] = None, settings: Changes = [], replicas: Replicas = 1,
          gpu_memory_utilization: GpuShare = 0.35, pass_tokens: Annotated[int, typer.Option(min=1)] = 16_384,
-         compiled: bool = False, force: bool = False, root: Root = None,
-         shard: Annotated[bool, Option("layers over the launcher's processes (FSDP2)")] = False):
+         compiled: bool = False, lean: Annotated[bool, Option("for a card with 24 GB; needs torchao")] = False,
+         force: bool = False, shard: Annotated[bool, Option("layers over all processes (FSDP2)")] = False):
     """One GRPO run (CS336 assignment 5, §7), or with a command an experiment of §8.
 
     A killed run goes on from its last checkpoint; Ctrl-C stops it after the step. Several GPUs: notebook E9."""
@@ -92,7 +92,7 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
         check_folder(config, root)
         check_problems(config)
     with told(), joined():
-        run_command(config, root, force, pass_tokens=pass_tokens, compiled=compiled, replicas=replicas,
+        run_command(config, root, force, pass_tokens=pass_tokens, compiled=compiled, lean=lean, replicas=replicas,
                     gpu_memory_utilization=gpu_memory_utilization, shard=shard)
 
 # %% ../nbs/13_grpo_experiments.ipynb #b9bdd206
@@ -102,7 +102,7 @@ def run_command(config: GRPOConfig, root: Path | None, force: bool, **options) -
 
     try:
         summary = run_grpo(config, None, root, force, **options)
-    except (ValueError, OSError, RunStopped) as error:
+    except (ValueError, OSError, ImportError, RunStopped) as error:
         stop(error, own=isinstance(error, RunStopped))
     if summary:
         print({name: value for name, value in summary["final"].items()})

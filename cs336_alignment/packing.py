@@ -7,7 +7,8 @@ __all__ = ['MAX_LOGITS', 'LossFn', 'Example', 'ended', 'make_examples', 'pack_ro
            'packed_attention', 'looped_attention', 'register_varlen', 'compute_dtype', 'mixed_precision', 'packed_mode',
            'hidden_states', 'token_log_probs', 'fused_token_log_probs', 'head_log_probs', 'response_slices',
            'packed_log_probs', 'sft_loss', 'sft_examples', 'backward_in_slices', 'accumulate_gradients', 'idle_passes',
-           'check_context', 'train_step', 'make_optimizer', 'compile_policy']
+           'check_context', 'train_step', 'make_optimizer', 'compile_policy', 'eight_bit_adamw',
+           'checkpoint_activations']
 
 # %% ../nbs/E3_packed_training.ipynb #216aa7cb
 import heapq
@@ -392,10 +393,18 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, example
 
 # %% ../nbs/E3_packed_training.ipynb #5dcad75f
 def make_optimizer(model: PreTrainedModel, learning_rate: float, betas: tuple[float, float] = (0.9, 0.95),
-                   weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW over all parameters, with the handout's defaults (§7.2); fused on CUDA. Keep the model in float32."""
-    return torch.optim.AdamW(kinds_of_parameters(model), lr=learning_rate, betas=betas, weight_decay=weight_decay,
-                             fused=model.device.type == "cuda")
+                   weight_decay: float = 0.0, state_bits: int = 32) -> torch.optim.Optimizer:
+    """AdamW over all parameters, with the handout's defaults (§7.2); fused on CUDA. Keep the model in float32.
+
+    state_bits: 8 keeps both moments in bytes, with a scale for every 256 (Dettmers et al. 2022): torchao's AdamW8bit.
+    Raises ImportError, with what to install, where that is missing; ValueError for other numbers than 32 and 8.
+    """
+    settings = dict(lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    if state_bits == 8:
+        return eight_bit_adamw()(kinds_of_parameters(model), **settings)
+    if state_bits != 32:
+        raise ValueError(f"an optimizer's state has 32 or 8 bits, not {state_bits}")
+    return torch.optim.AdamW(kinds_of_parameters(model), **settings, fused=model.device.type == "cuda")
 
 
 def compile_policy(model: PreTrainedModel) -> None:
@@ -406,3 +415,22 @@ def compile_policy(model: PreTrainedModel) -> None:
     """
     for layer in model.base_model.layers:
         layer.compile(dynamic=True)
+
+# %% ../nbs/E3_packed_training.ipynb #f045c211
+def eight_bit_adamw() -> type[torch.optim.Optimizer]:
+    """torchao's AdamW8bit, imported when asked for. ImportError, with what to install, where it is missing."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ImportError("8-bit optimizer states need torchao, which is not installed here: pip install torchao, or "
+                          "in a checkout uv sync --extra lean") from error
+    return AdamW8bit
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Has the model keep only the input of each decoder layer for the backward pass, in which layers run again.
+
+    The model is in training mode afterwards: transformers checkpoints in no other."""
+    newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23 renames it
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.train()

@@ -30,13 +30,13 @@ OFF_POLICY = replace(CONFIG, variant="off", loss_type="grpo_clip", epochs_per_ro
                      kl_coef=0.01, tis_cap=2.0)
 
 
-def tiny_policy(*args, **kwargs):
+def tiny_policy(*args, width=16, **kwargs):
     """In place of `load_policy`: random weights, the same each time, and the character tokenizer."""
     tokenizer = models.character_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2,
             max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0))
     return model.eval(), tokenizer
 
@@ -943,3 +943,73 @@ def test_a_cold_run_logs_no_gap(tmp_path):
     cold = replace(OFF_POLICY, variant="cold", temperature=0.5, n_grpo_steps=4)
     quiet_train(tmp_path, cold)
     assert all(line["train/engine_gap_max"] < 1e-4 for line in metrics_of(tmp_path, cold) if line["step"])
+
+
+def note_sleep(monkeypatch, noted):
+    """A live engine that notes when it samples, sleeps, wakes and gets weights; and updates that note themselves."""
+    for name in ("generate", "sleep", "wake", "load_weights"):
+        def call(self, *args, name=name, before=getattr(TransformersEngine, name), **kwargs):
+            noted.append(name)
+            return before(self, *args, **kwargs)
+        monkeypatch.setattr(TransformersEngine, name, call)
+    step = grpo_runs.grpo_step
+    monkeypatch.setattr(grpo_runs, "grpo_step", lambda *args: (noted.append("update"), step(*args))[1])
+
+
+def test_a_lean_runs_engine_sleeps_during_updates_and_learns_the_same(tmp_path, monkeypatch):
+    whole, noted = quiet_train(tmp_path / "whole")[0], []
+    monkeypatch.setattr(grpo_runs, "eight_bit_adamw", lambda: None)
+    monkeypatch.setattr(grpo_runs, "make_optimizer", lambda *args, state_bits: (noted.append(state_bits), make_optimizer(*args))[1])
+    note_sleep(monkeypatch, noted)
+    lean, _ = quiet_train(tmp_path / "lean", lean=True)
+    turn = ["generate", "sleep", "update", "wake", "load_weights"]
+    assert noted[:13] == [8, "load_weights", "generate", *turn, *turn]  # the first is the evaluation before
+    assert lean["final"]["answer_accuracy"] == whole["final"]["answer_accuracy"]
+    losses = [[line["train/loss"] for line in read_metrics(run_folder(asdict(CONFIG), tmp_path / name)) if "train/loss" in line]
+              for name in ("whole", "lean")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # activations computed twice are the same
+
+
+def test_a_lean_runs_engine_is_awake_after_a_step_that_failed(tmp_path, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no memory")
+
+    noted = []
+    monkeypatch.setattr(grpo_runs, "eight_bit_adamw", lambda: None)
+    monkeypatch.setattr(grpo_runs, "make_optimizer", lambda *args, state_bits: make_optimizer(*args))
+    note_sleep(monkeypatch, noted)
+    monkeypatch.setattr(grpo_runs, "grpo_step", fails)
+    with pytest.raises(RunStopped, match="no memory"):
+        quiet_train(tmp_path, lean=True)
+    assert noted[-2:] == ["sleep", "wake"]
+
+
+@pytest.mark.parametrize("changes, message", [({"overlap": True}, "cannot sample ahead"), ({}, "pip install torchao")])
+def test_what_a_lean_run_lacks_is_said_before_it_begins(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises((ValueError, ImportError), match=message):
+        quiet_train(tmp_path, replace(CONFIG, **changes), lean=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lean_run_with_torchao_goes_on_after_it_was_ended(tmp_path, monkeypatch):
+    """8-bit states go through a checkpoint: the run that was ended at step 5 draws the curve of the one that was not."""
+    pytest.importorskip("torchao")
+    short, step = replace(CONFIG, n_grpo_steps=6), grpo_runs.grpo_step
+
+    def ended(*args):
+        if args[5] == 5:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(grpo_runs, "load_policy", partial(tiny_policy, width=64))  # torchao leaves tensors under 4,096 as they are
+    quiet_train(tmp_path / "whole", short, lean=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="safe after step 3"):
+        patch.setattr(grpo_runs, "grpo_step", ended)
+        quiet_train(tmp_path / "parts", short, lean=True)
+    saved = runs.read_state(runs.find_checkpoint(run_folder(asdict(short), tmp_path / "parts")) / "state.pt")
+    assert "8bit" in str({type(x) for part in saved["parts"]["optimizer"]["state"].values() for x in part.values()})
+    quiet_train(tmp_path / "parts", short, lean=True)
+    whole, parts = ([[line[key] for key in ("train/loss", "train/grad_norm")] for line in
+                     read_metrics(run_folder(asdict(short), tmp_path / name)) if "train/loss" in line] for name in ("whole", "parts"))
+    assert whole == parts and len(whole) == 6

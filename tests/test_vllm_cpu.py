@@ -108,6 +108,28 @@ def test_stop_strings_cut_as_the_transformers_engine_cuts(engine, reference):
         assert gap < 1e-3
 
 
+@pytest.fixture(scope="module")
+def late_engine():
+    with make_engine("micro", late_text=True, **OPTIONS) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("changes", [{}, dict(include_stop_str_in_output=False), dict(stop=("=", "</think>"), min_tokens=6),
+                                     dict(max_tokens=5, min_tokens=0), dict(stop=()), dict(logprobs=None), dict(ignore_eos=True),
+                                     dict(temperature=0)], ids=str)
+def test_late_text_keeps_what_the_engine_keeps(engine, late_engine, changes):
+    """No text while sampling, ends at eos only, cut afterwards: the same responses, to the letter."""
+    ours, late = (flat(e.generate(PROMPTS, replace(SAMPLING, **changes), progress=False)) for e in (engine, late_engine))
+    for field in ("text", "token_ids", "finish_reason"):
+        assert [getattr(c, field) for c in late] == [getattr(c, field) for c in ours]
+    assert len({c.finish_reason for c in late}) == 2 or changes.keys() & {"stop", "max_tokens", "ignore_eos", "temperature"}
+    for a, b in zip(ours, late):
+        if a.logprobs is None or b.logprobs is None:
+            assert a.logprobs is b.logprobs
+        else:
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+
+
 @torch.no_grad()
 def test_logprobs_are_those_of_a_forward_pass(groups, policy):
     model, gap = policy[0], 0.0
