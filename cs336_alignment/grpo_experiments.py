@@ -6,9 +6,9 @@
 __all__ = ['inference', 'leaderboard', 'models', 'side_by_side', 'vllm_engine', 'cuda', 'app', 'Option', 'Count', 'Settings',
            'GRID', 'NO_CLIP', 'EXPERIMENTS', 'FULL', 'SEEDS', 'GRPO_RATES', 'STARTS', 'START', 'GSM8K', 'OWN', 'LAYOUT',
            'ABOUT', 'grpo_command_config', 'check_problems', 'check_experiment', 'main', 'run_command',
-           'learning_curve', 'off_policy', 'variants', 'grpo_start_config', 'experiment_config', 'experiment_runs',
-           'unpublished', 'show_runs', 'run_grpo_experiment', 'run_experiment', 'report', 'crossed_configs',
-           'add_command', 'race', 'leaderboard_command']
+           'learning_curve', 'before_and_after', 'off_policy', 'variants', 'grpo_start_config', 'experiment_config',
+           'experiment_runs', 'unpublished', 'show_runs', 'run_grpo_experiment', 'run_experiment', 'report',
+           'crossed_configs', 'add_command', 'race', 'leaderboard_command']
 
 # %% ../nbs/13_grpo_experiments.ipynb #a4f9d6f6
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -23,7 +23,7 @@ import typer
 
 from .cli import (Changes, GpuShare, Replicas, Root, Seed, TrackName, later, only_after_the_command,
                                  parse_changes, stop, told)
-from .data import fill_prompt, load_prompt, problem_sets
+from .data import fill_prompt, load_prompt, problem_sets, read_jsonl
 from .distributed import joined
 from .grpo_settings import NAMED, PRESETS, GRPOConfig, grpo_config
 from .runs import (check_folder, name_part, policy_name, publish, read_metrics, read_summary, read_table,
@@ -106,15 +106,26 @@ def run_command(config: GRPOConfig, root: Path | None, force: bool, **options) -
         stop(error, own=isinstance(error, RunStopped))
     if summary:
         print({name: value for name, value in summary["final"].items()})
-        print(learning_curve(config, root))
+        print(learning_curve(config, root), before_and_after(config, root), sep="\n")
 
-
+# %% ../nbs/13_grpo_experiments.ipynb #c29b437b
 def learning_curve(config: GRPOConfig, root: Path | None = None) -> str:
     """The accuracies of a finished run, from before training to its end, in a line."""
     evals = [line for line in read_metrics(run_folder(asdict(config), root)) if "eval/answer_accuracy" in line]
     shown = evals[:-1:max(1, len(evals) // 6)] + evals[-1:]
     curve = ", ".join(f"{line['eval/answer_accuracy']:.1%} (step {line['step']})" for line in shown)
     return f"right answers to {config.n_eval:,} problems of {config.eval_data}, T = {config.temperature:g}: {curve}"
+
+
+def before_and_after(config: GRPOConfig, root: Path | None = None) -> str:
+    """A finished run's response to one problem before training and after: the first that became right, or the first."""
+    records = read_jsonl(run_folder(asdict(config), root) / "rollouts.jsonl")
+    old, new = ({r["prompt"]: r for r in records if r["step"] == records[k]["step"]} for k in (0, -1))
+    both = [prompt for prompt in old if prompt in new]
+    chosen = next((p for p in both if new[p]["answer_reward"] > old[p]["answer_reward"]), both[0])
+    told = [f"  {when}: {one[chosen]['response'][-200:]!r}, reward {one[chosen]['reward']:g}"
+            for when, one in (("before", old), ("after", new))]
+    return "\n".join([f"a problem whose answer is {old[chosen]['ground_truth']}: {chosen[-80:]!r}", *told])
 
 # %% ../nbs/13_grpo_experiments.ipynb #a401c7e7
 Settings = dict[str, Any]
