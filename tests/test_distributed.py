@@ -461,5 +461,5 @@ def test_efficiency_is_against_one_process_of_the_same_shape(monkeypatch):
     rows = scaling.with_efficiency([row("a", 1, 8.0), row("a", 2, 5.0), row("b", 2, 1.0)])
     assert [r["efficiency"] for r in rows] == [1.0, 0.8, None]
     rewards = scaling.RewardsByText(10, 0.4)
-    assert rewards("x", "3")["reward"] + rewards("y", "3")["reward"] + rewards("z", "3")["reward"] in (1, 2)
-    assert all(rewards(c, "4")["reward"] == 0 for c in "xyz")
+    right = lambda truth: sum(rewards(c, truth)["reward"] for c in "abcdefgh")
+    assert 0 < right("3") < 8 and right("4") == 0
