@@ -102,12 +102,12 @@ def stepper(config, policy, engine, problems, share: float, pass_tokens: int):
 
 def job(name: str, small: bool, replicas: int, steps: int, vllm: dict, folder: Path, out: Path) -> None:
     """Measures one shape with as many processes as there are; process 0 writes its rows."""
-    import torch
-
     from cs336_alignment.distributed import joined, on_rank_zero, processes
-    from cs336_alignment.packing import compile_policy
-    from cs336_alignment.side_by_side import ENGINE
-    with joined():
+    with joined():  # before anything looks at the GPUs
+        import torch
+
+        from cs336_alignment.packing import compile_policy
+        from cs336_alignment.side_by_side import ENGINE
         config, build, model, tokenizer, problems, options, pass_tokens = setting(name, small, folder)
         rows = []
         with grpo_step.start_engine(model, replicas, config.rollout_batch_size, options | ENGINE | vllm) as engine:

@@ -64,13 +64,13 @@ def take_own_gpu() -> None:
     if visible != "":
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number] if gpus else str(number)
 
-# %% ../nbs/E9_scaling.ipynb #5613896f
+# %% ../nbs/E9_scaling.ipynb #e88d0636
 @contextmanager
 def joined() -> Iterator[None]:
     """Within it, processes that a launcher started work together: over NCCL with a GPU each, over gloo on CPUs.
 
-    Only number 0 prints. The launcher's variables are removed: an engine in a process of its own would take itself for
-    one of these. Alone, nothing happens. Raises ValueError for more processes than GPUs."""
+    Only number 0 prints. The launcher's variables are removed, so that engines in processes of their own do not see
+    them. Alone, nothing happens. Raises ValueError for more processes than GPUs."""
     if launched() == 1:
         yield
         return

@@ -86,12 +86,11 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
     A killed run goes on from its last checkpoint; Ctrl-C stops it after the step. Several GPUs: notebook E9."""
     if context.invoked_subcommand:
         return only_after_the_command(context)
-    with told():  # mistakes show before anything is loaded
+    with told(), joined():  # mistakes show before anything is loaded
         given = dict(seed=seed, model=model, n_grpo_steps=steps, learning_rate=lr, variant=variant)
         config = grpo_command_config(track, given, data, named, settings)
         check_folder(config, root)
         check_problems(config)
-    with told(), joined():
         run_command(config, root, force, pass_tokens=pass_tokens, compiled=compiled, lean=lean, replicas=replicas,
                     gpu_memory_utilization=gpu_memory_utilization, shard=shard)
 

@@ -374,11 +374,10 @@ def main(
     """Finetune one policy, keep it under the run's name, and print its accuracy before and after."""
     if ctx.invoked_subcommand:
         return only_after_the_command(ctx)
-    with told():  # mistakes show before anything is loaded
+    with told(), joined():  # mistakes show before anything is loaded
         options = dict(n_train=n, seed=seed, traces=traces and str(traces), variant=variant)
         config = sft_command_config(track, parse_changes(set_, "track", **options))
         check_runs([config], root, sft_texts)
-    with told(), joined():
         run_all([config], root, force, True, replicas, gpu_memory_utilization)
         print(f"policy: {policy_name(asdict(config))} (a name for --model)")
 

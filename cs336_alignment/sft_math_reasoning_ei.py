@@ -281,10 +281,9 @@ def main(ctx: typer.Context, track: TrackName = "pocket", seed: Seed = None, set
     """Five expert-iteration steps from a finetuned policy (on the micro track: from the pretrained one)."""
     if ctx.invoked_subcommand:
         return only_after_the_command(ctx)
-    with told():  # mistakes show before anything is loaded
+    with told(), joined():  # mistakes show before anything is loaded
         config = ei_command_config(track, parse_changes(set_, "track", seed=seed))
         check_runs([config], root, ei_texts)
-    with told(), joined():
         run_all([config], root, force, True, replicas, gpu_memory_utilization, expert_iteration)
 
 # %% ../nbs/09_expert_iteration.ipynb #9e02be27

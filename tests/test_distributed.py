@@ -438,3 +438,28 @@ def test_two_machines_make_one_run(tmp_path, whole):
 
     assert kills.ended_by(kills.in_child(lambda: on_two_machines(work))) == 0
     assert_same_run(tmp_path, whole)
+
+
+# --- bench/scaling.py
+
+def bench(*arguments):
+    return subprocess.run([sys.executable, data.repo_root() / "bench" / "scaling.py", *arguments], capture_output=True, text=True,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.parametrize("arguments, message", [([], "no GPU here"), (["--only", "both"], "--only is pocket or course"),
+                                                (["--gpus", "1,x"], "--gpus takes numbers")])
+def test_the_bench_refuses_in_one_line(arguments, message):
+    done = bench(*arguments)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_efficiency_is_against_one_process_of_the_same_shape(monkeypatch):
+    monkeypatch.syspath_prepend(str(data.repo_root() / "bench"))
+    import scaling
+    row = lambda shape, n, seconds: {"shape": shape, "mixed_groups": 1.0, "processes": n, "step_s": seconds}
+    rows = scaling.with_efficiency([row("a", 1, 8.0), row("a", 2, 5.0), row("b", 2, 1.0)])
+    assert [r["efficiency"] for r in rows] == [1.0, 0.8, None]
+    rewards = scaling.RewardsByText(10, 0.4)
+    right = lambda truth: sum(rewards(c, truth)["reward"] for c in "abcdefgh")
+    assert 0 < right("3") < 8 and right("4") == 0

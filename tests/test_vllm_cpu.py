@@ -339,3 +339,32 @@ def test_the_bench_of_the_engine_runs_small_with_every_part_that_needs_no_gpu(tm
     assert result["failed"] == {} and {"bare vLLM", "VLLMEngine", "TransformersEngine, batch 128"} <= result["tokens_per_s"].keys()
     assert result["summary"]["2 replicas: zeroed weights changed the outputs"]
     assert result["summary"]["same seed twice: equal responses, share"] == 1
+
+
+# --- several processes (E9), with an engine each
+
+RUN = """
+import sys
+from cs336_alignment.distributed import joined
+with joined():
+    from cs336_alignment.grpo_runs import run_grpo
+    from cs336_alignment.grpo_settings import grpo_config
+    config = grpo_config("micro", n_grpo_steps=2, rollout_batch_size=32, train_batch_size=32, n_eval=8, eval_every=2)
+    run_grpo(config, root=sys.argv[1], mirror=False, keep_policy=False, enforce_eager=True, max_num_seqs=32, dtype="float32")
+"""
+
+
+def test_two_processes_with_an_engine_each_make_the_run_of_one(tmp_path):
+    lines = {}
+    for n in (1, 2):
+        where = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
+        running = [subprocess.Popen([sys.executable, "-c", RUN, tmp_path / str(n)], stderr=subprocess.PIPE, text=True,
+                                    env=os.environ | where | {"RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(n)]
+        errors = [p.communicate(timeout=240)[1] for p in running]
+        assert [p.returncode for p in running] == [0] * n, errors
+        lines[n] = read_metrics(tmp_path / str(n) / "grpo_micro" / "default_seed0")
+    assert len(lines[1]) == len(lines[2]) == 3
+    for one, two in zip(lines[1], lines[2]):
+        same = {k: v for k, v in one.items() if k.split("/")[-1] in ("reward_mean", "mean_tokens", "loss", "grad_norm", "updates")}
+        assert {k: two[k] for k in same} == pytest.approx(same, rel=1e-3, abs=1e-6)
+    assert lines[1][1]["train/updates"] == 1  # there was something to learn
