@@ -231,10 +231,10 @@ def lean_options(config: GRPOConfig, lean: bool) -> dict[str, bool]:
 def trainable_policy(config: GRPOConfig, compiled: bool, lean: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The start policy in float32 and its tokenizer; with compiled layers, and checkpointed activations, if asked."""
     policy, tokenizer = load_policy(config.model, dtype="float32")
-    if compiled:
-        compile_policy(policy)
     if lean:
-        checkpoint_activations(policy)
+        checkpoint_activations(policy, compiled)
+    elif compiled:
+        compile_policy(policy)
     return policy, tokenizer
 
 
