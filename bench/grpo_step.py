@@ -399,7 +399,7 @@ def lean(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
     """The course shape as for a card with 24 GB: the engine asleep during updates, checkpointed, 8-bit states."""
     import torch
 
-    from cs336_alignment.packing import checkpoint_activations, compile_policy, eight_bit_adamw
+    from cs336_alignment.packing import checkpoint_activations, eight_bit_adamw
     eight_bit_adamw()
     gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if on_gpu() else LEAN_GB
     with workload("course", small) as work:
@@ -410,9 +410,7 @@ def lean(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
         with start_engine(work["model"], 1, work["n"], options) as e:
             for share in (1.0, 0.4):
                 policy = work["build"](torch.float32)
-                checkpoint_activations(policy)
-                if on_gpu():
-                    compile_policy(policy)
+                checkpoint_activations(policy, compiled=on_gpu())
                 e.load_weights(policy)
                 step = refined_steps(work["config"], policy, e, work["problems"], share, 500 if small else work["context"], lean=True)
                 name = f"ours, lean, {share:.0%} with an advantage"

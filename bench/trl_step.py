@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -80,8 +81,10 @@ def trl_arguments(work: dict, size: int, options: dict, steps: int, folder: str)
     return merged(fixed, vllm if G.on_gpu() else natural, options)
 
 
-def make_clock(times: list[tuple[float, dict]], phases: dict):
-    """A callback that notes when each step has ended, and the seconds by phase since the one before."""
+def make_clock(times: list[tuple[float, dict]], phases: dict, warm):
+    """A callback that notes when each step has ended, and the seconds by phase since the one before.
+
+    `warm()` is called after the first."""
     import torch
     from transformers import TrainerCallback
 
@@ -91,15 +94,14 @@ def make_clock(times: list[tuple[float, dict]], phases: dict):
                 torch.cuda.synchronize()
             times.append((time.perf_counter(), dict(phases)))
             phases.clear()
-            if G.on_gpu() and len(times) == 1:
-                torch.cuda.reset_peak_memory_stats()
+            if len(times) == 1:
+                warm()
 
     return Clock()
 
 
 def trl_row(name: str, work: dict, size: int, options: dict, steps: int) -> dict:
     """One step to warm up and `steps` timed ones of a new trainer; a row like those of `grpo_step.measure`."""
-    import torch
     trl = import_trl()
     from accelerate.state import AcceleratorState, GradientState
     from datasets import Dataset
@@ -116,12 +118,14 @@ def trl_row(name: str, work: dict, size: int, options: dict, steps: int) -> dict
     rewards = G.RandomRewards(work["n"], work["group"], 1.0)
     reward = lambda prompts, completions, **rest: [rewards(c, "")["reward"] for c in completions]
     AcceleratorState._reset_state(), GradientState._reset_state()  # the row before may have been compiled
-    with (tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ), G.WholeGPU() as gpu,
+    with (tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ), ExitStack() as later,
           mock.patch.object(ProfilingContext, "_log_metrics", note)):
+        gpu = G.WholeGPU()
         trainer = trl.GRPOTrainer(
             model=work["model"], reward_funcs=reward, processing_class=work["tokenizer"],
             args=trl.GRPOConfig(**trl_arguments(work, size, options, 1 + steps, folder)),
-            train_dataset=Dataset.from_dict({"prompt": work["prompts"]}), callbacks=[make_clock(times, phases)])
+            train_dataset=Dataset.from_dict({"prompt": work["prompts"]}),
+            callbacks=[make_clock(times, phases, lambda: later.enter_context(gpu))])
         trainer.remove_callback(PrinterCallback)
         begin = time.perf_counter()
         trainer.train()
@@ -133,8 +137,8 @@ def trl_row(name: str, work: dict, size: int, options: dict, steps: int) -> dict
     row = {"variant": name, "step_s": seconds[best], "first_step_s": seconds[0], "step_s_all": seconds[1:],
            "phases_s": measured | {"update": seconds[best] - sum(measured.values())}, "micro_batch": size,
            "options": options, "weights": dtype} | G.rates(work, seconds[best], seconds[best] - sum(measured.values()), 1.0)
-    if G.on_gpu():
-        row |= {"trainer_peak_gb": torch.cuda.max_memory_allocated() / 1e9, "gpu_peak_gb": gpu.peak}
+    if G.on_gpu():  # of the timed steps; what torch has allocated would be trainer and engine, which are one process
+        row["gpu_peak_gb"] = gpu.peak
     G.show_row(row)
     return row
 

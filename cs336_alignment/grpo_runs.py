@@ -245,10 +245,10 @@ def prepared_policy(config: GRPOConfig, compiled: bool, shard: bool,
     policy, tokenizer = load_policy(config.model, dtype="float32")
     if shard:
         shard_layers(policy)
-    if compiled:
-        compile_policy(policy)
     if lean:
-        checkpoint_activations(policy)
+        checkpoint_activations(policy, compiled)
+    elif compiled:
+        compile_policy(policy)
     return policy, tokenizer
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #50e58dc8

@@ -24,6 +24,7 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from .distributed import (clip_gradients, everyones, is_sharded, kinds_of_parameters, processes, rank,
@@ -427,10 +428,10 @@ def eight_bit_adamw() -> type[torch.optim.Optimizer]:
     return AdamW8bit
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Has the model keep only the input of each decoder layer for the backward pass, in which layers run again.
+def checkpoint_activations(model: PreTrainedModel, compiled: bool = False) -> None:
+    """Has the model, in place, keep only the input of each decoder layer for the backward pass, in which layers run
+    again. compiled: instead of `compile_policy`, since what is compiled must be within what is run again."""
+    for layer in model.base_model.layers:
+        forward = torch.compile(layer.forward, dynamic=True) if compiled else layer.forward
+        layer.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
 
-    The model is in training mode afterwards: transformers checkpoints in no other."""
-    newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23 renames it
-    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    model.train()
