@@ -200,6 +200,19 @@ def test_headings_make_a_table_of_contents(path):
     assert not [name for name in names if len(name) > 70]
 
 
+@each(NOTEBOOKS)
+def test_no_sentence_stands_twice(path):
+    said = [line for _, cell in cells(path, "markdown") for line in text(cell["source"]).splitlines() if len(line) > 100]
+    assert not [line for line in set(said) if said.count(line) > 1]
+
+
+@each([*NOTEBOOKS, ROOT / "README.md", ROOT / "README.zh.md", ROOT / "results" / "families.json"])
+def test_stages_of_the_queue_exist(path):
+    from cs336_alignment.run_queue import STAGES
+    named = re.findall(r"run_queue\.py((?: [a-z][a-z0-9_]*)+)", path.read_text("utf-8"))
+    assert not {stage for stages in named for stage in stages.split()} - set(STAGES) - {"of"}
+
+
 def unlinked(answer: str, problems: list[str]) -> list[str]:
     """What the text under a heading that answers problems of the handout lacks."""
     return [name for name in problems if f"`{name}`" not in answer] + ([] if tops.HANDOUT in answer else ["a link to the handout"])
