@@ -19,7 +19,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -324,9 +324,10 @@ def dpo_steps(run, config: DPOConfig, model, rows: list, held_back: list, progre
 
 # %% ../nbs/22_dpo.ipynb #00f1ed5c
 def have_start(config: DPOConfig, root: Path | str | None = None, **options) -> None:
-    """Tunes the model of 21 that a run starts from, if the cache lacks it. options: for `instruct`."""
+    """Tunes the model of 21 that a run starts from, if the cache lacks it or holds one of other settings.
+    options: for `instruct`."""
     start = tuning_config(config.track, config.seed)
-    if config.model == policy_name(start) and config.model not in models.trained_policies():
+    if config.model == policy_name(start) and models.policy_differs(config.model, asdict(start)) != []:
         home = Path(root or repo_root() / "results" / "runs")
         elsewhere = read_summary(run_folder(start, home))  # its run is here, its weights are not
         instruct(start, None, home / "logs" / "again" if elsewhere else home, **options)
@@ -361,7 +362,7 @@ def dpo(config: DPOConfig, engine=None, root: Path | str | None = None, force: b
         best = dpo_steps(run, config, model, rows, held_back, progress, checkpoint_s)
         if keep:
             model.load_state_dict(read_state(run.folder / "checkpoints" / "best.pt"))
-            models.save_policy(model, tokenizer, policy_name(config))
+            models.save_policy(model, tokenizer, policy_name(config), asdict(config))
         return finish_run(run, best=best["accuracy"], best_step=best["step"], n_train=len(rows),
                           too_long=sum(map(len, distinct)) - len(rows) - len(held_back), files=files,
                           same_tokens=sum(map(len, pairs)) - sum(map(len, distinct)))
@@ -378,7 +379,7 @@ def check_dpo(config: DPOConfig, root: Path | None = None) -> tuple[int, dict[st
     begin; makes nothing."""
     check_folder(config, root)
     start = tuning_config(config.track, config.seed)
-    if config.model == policy_name(start) and config.model not in models.trained_policies():
+    if config.model == policy_name(start) and models.policy_differs(config.model, asdict(start)) != []:
         check_tuning(start, root)
     else:
         models.model_dir(config.model)

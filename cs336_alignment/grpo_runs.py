@@ -231,7 +231,7 @@ def keep(s: State, name: str) -> None:
         if state:
             policy = load_policy(s.config.model, "cpu", "float32")[0]
             policy.load_state_dict(state)
-        save_policy(policy, s.tokenizer, name)
+        save_policy(policy, s.tokenizer, name, asdict(s.config))
 
     on_rank_zero(save)
 

@@ -289,7 +289,7 @@ def instruct(config: TuningConfig, engine=None, root: Path | str | None = None, 
         packing.check_context(model, held_back)
         tuning_steps(run, config, model, data, held_back, progress, checkpoint_s)
         if keep:
-            models.save_policy(model, tokenizer, policy_name(asdict(config)))
+            models.save_policy(model, tokenizer, policy_name(asdict(config)), asdict(config))
         return finish_run(run, n_rows=len(data), n_tokens=len(data) * config.seq_length)
 
 # %% ../nbs/21_instruction_tuning.ipynb #3b9dfd58

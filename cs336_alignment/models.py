@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # %% auto #0
-__all__ = ['TRACKS', 'MICRO', 'SMOLLM2_SHA256', 'Track', 'character_tokenizer', 'micro_model', 'micro_batches', 'pair_tensors',
-           'pretrain', 'teacher_chance', 'pretrain_until_enough', 'no_progress_bars', 'build_micro', 'ModelMissing',
-           'cache_dir', 'build_once', 'micro_dir', 'smollm2_gguf', 'smollm2_tokenizer', 'convert_smollm2',
-           'check_model_dir', 'trained_policies', 'missing_model_text', 'hub_dir', 'model_dir', 'best_attention',
-           'load_policy', 'save_policy']
+__all__ = ['TRACKS', 'MICRO', 'SMOLLM2_SHA256', 'WATCHING', 'Track', 'character_tokenizer', 'micro_model', 'micro_batches',
+           'pair_tensors', 'pretrain', 'teacher_chance', 'pretrain_until_enough', 'no_progress_bars', 'build_micro',
+           'ModelMissing', 'cache_dir', 'build_once', 'micro_dir', 'smollm2_gguf', 'smollm2_tokenizer',
+           'convert_smollm2', 'check_model_dir', 'trained_policies', 'missing_model_text', 'hub_dir', 'model_dir',
+           'best_attention', 'load_policy', 'save_policy', 'policy_differs']
 
 # %% ../nbs/02_models.ipynb #d7ab8944
 from filelock import FileLock
@@ -408,11 +408,13 @@ def load_policy(name: str | Path, device: str | None = None, dtype: str | torch.
     return model, tokenizer
 
 # %% ../nbs/02_models.ipynb #32f542d4
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Path:
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str,
+                settings: dict | None = None) -> Path:
     """Saves a trained policy in the cache as `name`, "<family>_<track>/<variant>_seed<k>", replacing an older one.
 
-    Weights on a GPU are saved in bfloat16, others as they are. A killed call leaves nothing under `name`, or the older
-    policy. Returns the folder. Raises OSError if the cache cannot be written.
+    Weights on a GPU are saved in bfloat16, others as they are. settings: of the run, for `policy_differs`. A killed
+    call leaves nothing under `name`, or the older policy. Returns the folder. Raises OSError
+    if the cache cannot be written.
     """
     target = cache_dir() / "policies" / name
     partial, older = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "older"))
@@ -422,8 +424,22 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name
     with no_progress_bars():
         kept.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    (partial / "settings.json").write_text(json.dumps(settings or {}, indent=1))
     if target.exists():
         target.rename(older)
     partial.rename(target)
     shutil.rmtree(older, ignore_errors=True)
     return target
+
+# %% ../nbs/02_models.ipynb #bfb4f6cc
+WATCHING = {"evaluations", "n_eval", "eval_data", "eval_every", "checkpoint_every"}  # no weight depends on these
+
+
+def policy_differs(name: str, settings: dict) -> list[str] | None:
+    """In which of these settings the cached policy `name` was trained otherwise, as text; None if there is none."""
+    file = cache_dir() / "policies" / name / "settings.json"
+    if not file.exists():
+        return None
+    kept, wanted = json.loads(file.read_text()), json.loads(json.dumps(settings))
+    return [f"{k}={kept[k]}, not {wanted[k]}" for k in sorted(kept.keys() & wanted.keys() - WATCHING)
+            if kept[k] != wanted[k]]

@@ -160,7 +160,8 @@ def sft(config: SFTConfig, engine=None, root: Path | str | None = None, force: b
         engine = engine or inference.TransformersEngine(model, tokenizer)
         sft_steps(run, config, model, tokenizer, examples, problems, engine, progress, checkpoint_s)
         if keep:
-            on_rank_zero(lambda: models.save_policy(model, tokenizer, policy_name(asdict(config))) and None)
+            on_rank_zero(lambda: models.save_policy(
+                model, tokenizer, policy_name(asdict(config)), asdict(config)) and None)
         return finish_run(run, n_train=len(pairs))
 
 # %% ../nbs/08_sft.ipynb #2f7a10e3

@@ -208,7 +208,8 @@ def expert_iteration(config: EIConfig, engine=None, root: Path | str | None = No
         engine = engine or inference.TransformersEngine(model, tokenizer)
         ei_steps(run, config, engine, model, tokenizer, problems, held_out, progress, checkpoint_s)
         if keep:
-            on_rank_zero(lambda: models.save_policy(model, tokenizer, policy_name(asdict(config))) and None)
+            on_rank_zero(lambda: models.save_policy(
+                model, tokenizer, policy_name(asdict(config)), asdict(config)) and None)
         return finish_run(run)
 
 # %% ../nbs/09_expert_iteration.ipynb #f8e441f0

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .grpo_runs import run_grpo
 from .grpo_settings import GRPOConfig
 from .leaderboard import LeaderboardConfig, run_leaderboard
-from .models import cache_dir, trained_policies
+from .models import cache_dir, policy_differs
 from .runs import (Config, make_config, policy_name, read_summary, repo_root, run_folder,
                                   seen_by_someone, write_text)
 from .sft_math_reasoning import SFTConfig, sft
@@ -86,11 +86,14 @@ def claimed(jobs: Sequence[Job], root: Path):
 
 # %% ../nbs/E12_side_by_side.ipynb #04f20a5f
 def have_policy(config: Config, work: Callable, engine, root: Path, **options) -> None:
-    """Has `work` (sft, …) train the policy of a configuration, in `root`, if the cache lacks it; others wait."""
+    """Has `work` (sft, …) train the policy of a configuration, in `root`, if the cache lacks it, or has one of this
+    name that was trained otherwise; others wait."""
     home = cache_dir() / "policies"
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / f".{policy_name(config).replace('/', '.')}.lock"):
-        if policy_name(config) not in trained_policies():
+        if (differs := policy_differs(policy_name(config), asdict(config))) != []:
+            if differs:
+                print(f"{policy_name(config)} was trained with {'; '.join(differs)}: it is trained again", flush=True)
             work(config, engine, root, keep=True, progress=False, checkpoint_s=60, **options)
 
 

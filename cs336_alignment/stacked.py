@@ -491,6 +491,6 @@ def run_stacked(configs: Sequence[GRPOConfig], root: Path | str | None = None, f
                 if k not in s.failed:
                     name = policy_name(asdict(s.configs[k])) if keep else None
                     if keep:
-                        save_policy(s.stack.policies[k], s.stack.tokenizer, name)
+                        save_policy(s.stack.policies[k], s.stack.tokenizer, name, asdict(s.configs[k]))
                     finish_run(run, policy=name, engine="stacked", stacked=len(todo))
         return [run.summary for run in runs]

@@ -1,10 +1,11 @@
 """The queue of runs (E6): what its processes share, remember, wait for and survive; without any training."""
+import json
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,16 +81,21 @@ def test_waiting_ends_with_the_file_or_with_another_process_that_failed(tmp_path
         worker(tmp_path).wait_for([tmp_path / "missing"])
 
 
-def test_a_policy_is_trained_again_only_where_it_is_missing(tmp_path, monkeypatch):
+def test_a_policy_is_trained_again_only_where_it_is_missing(tmp_path, monkeypatch, capsys):
     calls, config = [], runs.sft_config("pocket", 1024, 2)
     monkeypatch.setenv("CS336_CACHE", str(tmp_path))
     monkeypatch.setattr(runs, "sft", lambda config, engine, root, **options: calls.append((config, root, options["keep"])))
     worker(tmp_path / "results", 2).have(config)
     worker(tmp_path / "results", 2).have(config, needed=False)
-    monkeypatch.setattr(side_by_side, "trained_policies", lambda: ["sft_experiments_pocket/n1024_seed2"])
+    folder = tmp_path / "policies" / "sft_experiments_pocket" / "n1024_seed2"
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps(asdict(config)))
     worker(tmp_path / "results", 2).have(config)
     (again, root, keep), = calls
     assert again == replace(config, evaluations=1) and keep and root == tmp_path / "results" / "logs" / "again"
+    worker(tmp_path / "results", 2).have(replace(config, learning_rate=1.0))  # of this name, but another policy
+    assert f"was trained with learning_rate={config.learning_rate}, not 1.0: it is trained again" in capsys.readouterr().out
+    assert calls.pop()[0].learning_rate == 1.0
     other = replace(config, variant="Db2048")
     worker(tmp_path / "results", 2).have(other, work=lambda config, *args, **options: calls.append((config, options["keep"])))
     assert calls[1:] == [(other, True)]  # by the work that made it, as it was
