@@ -84,7 +84,8 @@ def evaluate_run(s: State, step: int) -> dict[str, float]:
 
     While the responses are graded and their entropies computed, the engine samples the next step's rollouts."""
     template, sampling = load_prompt(s.config.prompt), sampling_params(s.config, step, 1, purpose=1)
-    responses = s.engine.generate([fill_prompt(template, p.question) for p in s.eval_problems], sampling, progress=False)
+    prompts = [fill_prompt(template, p.question) for p in s.eval_problems]
+    responses = s.engine.generate(prompts, sampling, progress=False)
     if s.own_weights and not s.pending and step < s.config.n_grpo_steps:
         sample_ahead(s, step + 1)
     return evaluate_policy(responses, s.policy, s.tokenizer, s.eval_problems, s.config.prompt, sampling, s.run, step)
