@@ -631,7 +631,7 @@ def write_later(run: Run, state: dict, position: dict) -> None:
 
 # %% ../nbs/E4_runs.ipynb #7848dc59
 def commit_checkpoint(run: Run, state: dict, position: dict) -> None:
-    """Force the logs to disk and write a checkpoint; then it is the run's last. Raises DiskFull (the previous stays)."""
+    """Force the logs to disk and write a checkpoint; then it is the run's last. DiskFull: the previous one stays."""
     with guarded(run, f"the checkpoint of step {position['step']}"):
         for name in position["bytes"]:
             sync(run.folder / name)
