@@ -30,7 +30,8 @@ from .log import evaluate_policy
 from .models import load_policy, save_policy
 from .packing import checkpoint_activations, compile_policy, eight_bit_adamw, make_optimizer
 from .runs import (Run, finish_run, finish_writing, log_metrics, open_run, policy_name,
-                                  restore_checkpoint, save_checkpoint, say, seed_everything, training_steps)
+                                  restore_checkpoint,
+                                  save_checkpoint, say, seed_everything, training_steps)
 from .vllm_engine import make_engine, vllm_problem
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #ab8e995b
