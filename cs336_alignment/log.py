@@ -94,11 +94,11 @@ def evaluate_policy(engine, policy, tokenizer, problems: list[Problem], prompt: 
                     run: Run | None = None, step: int = 0) -> dict[str, float]:
     """The metrics of `generation_metrics`, named `eval/…`, of the engine's weights on `problems`, one response each.
 
-    engine: an Engine of notebook 04. policy: the model, for the entropies; it must have the engine's weights, and None
-    leaves them NaN. tokenizer: for the lengths of the logged tokens, or None. prompt: a name or file for `load_prompt`;
-    the name also decides the reward (`reward_fn_of`). sampling: with a seed, an evaluation can be repeated. With `run`,
-    the first four responses go to its rollouts, under `step`. Raises DataError or DataMissing for the prompt,
-    ValueError if there are no problems.
+    engine: an Engine of notebook 04, or its responses. policy: the model, for the entropies; it must have the engine's
+    weights, and None leaves them NaN. tokenizer: for the lengths of the logged tokens, or None. prompt: a name or file
+    for `load_prompt`; the name also decides the reward (`reward_fn_of`). sampling: with a seed, an evaluation can be
+    repeated. With `run`, the first four responses go to its rollouts, under `step`. Raises DataError or DataMissing for
+    the prompt, ValueError if there are no problems.
     """
     template = load_prompt(prompt)
     _, metrics = log_generations(engine, [fill_prompt(template, p.question) for p in problems],

@@ -11,7 +11,8 @@ __all__ = ['RUN_KEYS', 'LONGEST', 'Positive', 'Count', 'Rate', 'NonNegative', 'S
            'guarded', 'log_metrics', 'read_metrics', 'log_rollouts', 'bar_numbers', 'show_numbers', 'seen_by_someone',
            'training_steps', 'say_once', 'Mirror', 'wandb_mode', 'open_mirror', 'serve_mirror', 'start_mirror',
            'mirror_metrics', 'stop_mirror', 'batch_indices', 'seed_everything', 'rng_state', 'set_rng_state',
-           'portable', 'sync', 'sync_logs', 'is_checkpoint', 'write_checkpoint', 'save_checkpoint', 'find_checkpoint',
+           'portable', 'sync', 'log_lengths', 'is_checkpoint', 'write_checkpoint', 'tensors_in', 'fits_twice',
+           'on_host', 'write_later', 'commit_checkpoint', 'finish_writing', 'save_checkpoint', 'find_checkpoint',
            'rewind', 'read_state', 'restore_checkpoint', 'read_summary', 'read_config', 'check_config', 'move_aside',
            'note_environment', 'only_writer', 'open_run', 'finished', 'begin_or_continue', 'say', 'finish_run',
            'write_summary', 'tidy_finished', 'summarise_log', 'find_results', 'run_folders', 'published_families',
@@ -26,7 +27,8 @@ __package__ = __package__ or "cs336_alignment"  # so that running this file as a
 # %% ../nbs/E4_runs.ipynb #1bb73958
 import csv, difflib, errno, hashlib, io, json, math, os, random, re
 import shutil, subprocess, sys, threading, time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache, lru_cache
@@ -276,13 +278,14 @@ class Run:
     folder: Path
     config: dict
     summary: dict | None = None  # only if the run is finished
-    step: int = 0  # of the last checkpoint; 0: none
+    step: int = 0  # of the last checkpoint that is on disk; 0: none
     logged: int = 0  # the last step that was logged
     wall_before: float = 0.0  # seconds up to the last checkpoint that was restored
     saved: float = 0.0  # seconds up to the last checkpoint
     started: float = field(default_factory=time.perf_counter)
     bar: tqdm | None = None
     mirror: "Mirror | None" = None
+    writing: tuple[int, Future] | None = None  # a checkpoint on its way to disk: its step, and who writes it
     writes: bool = True  # of several processes (E9) only number 0 does
 
 # %% ../nbs/E4_runs.ipynb #9582e4a1
@@ -324,8 +327,9 @@ def log_metrics(run: Run, step: int, metrics: dict) -> None:
     """
     if wrong := [k for k in metrics if not k.startswith(("train/", "eval/"))]:
         raise ValueError(f"metric {wrong[0]!r}: names begin with train/ or eval/")
-    if step < run.logged or 0 < run.step >= step:
-        raise ValueError(f"step {step} comes after a line of step {run.logged} or the checkpoint of step {run.step}: "
+    last = run.writing[0] if run.writing else run.step
+    if step < run.logged or 0 < last >= step:
+        raise ValueError(f"step {step} comes after a line of step {run.logged} or the checkpoint of step {last}: "
                          "log in order, and save a step's checkpoint last")
     metrics = json_safe(metrics)
     with guarded(run, "metrics.jsonl"):
@@ -542,12 +546,9 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def sync_logs(folder: Path) -> dict[str, int]:
-    """Force a run's log files to disk; returns their lengths in bytes."""
-    logs = [path for name in LOGS if (path := folder / name).exists()]
-    for path in logs:
-        sync(path)
-    return {path.name: path.stat().st_size for path in logs}
+def log_lengths(folder: Path) -> dict[str, int]:
+    """The lengths of a run's log files, in bytes."""
+    return {name: path.stat().st_size for name in LOGS if (path := folder / name).exists()}
 
 # %% ../nbs/E4_runs.ipynb #d1aa442a
 def is_checkpoint(path: Path) -> bool:
@@ -578,26 +579,100 @@ def write_checkpoint(folder: Path, state: dict, position: dict) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
+# %% ../nbs/E4_runs.ipynb #f45af763
+def tensors_in(obj: Any) -> Iterator:
+    """The tensors in dicts, lists and tuples."""
+    if hasattr(obj, "nbytes"):
+        yield obj
+    elif isinstance(obj, (dict, list, tuple)):
+        for part in obj.values() if isinstance(obj, dict) else obj:
+            yield from tensors_in(part)
+
+
+def fits_twice(state: dict) -> bool:
+    """Whether a copy of all tensors would take no more than half of the memory that this computer has left."""
+    import psutil
+
+    return 2 * sum(tensor.nbytes for tensor in tensors_in(state)) <= psutil.virtual_memory().available
+
+# %% ../nbs/E4_runs.ipynb #cc98abeb
+def on_host(state: dict) -> dict:
+    """A copy of `state` with its tensors in the computer's memory; those that share their memory do so again."""
+    import torch
+
+    copies = {}
+
+    def copy(obj):
+        if isinstance(obj, dict):
+            return {k: copy(v) for k, v in obj.items()}
+        if isinstance(obj, (list, tuple)):
+            return type(obj)(map(copy, obj))
+        if not isinstance(obj, torch.Tensor):
+            return obj
+        if type(obj) is not torch.Tensor:  # of a kind that other packages make: the 8-bit states of torchao
+            return obj.detach().to("cpu", copy=True)
+        key = obj.device, obj.data_ptr(), obj.dtype, obj.shape, obj.stride()
+        if key not in copies:
+            place = torch.empty_like(obj, device="cpu", pin_memory=obj.is_cuda)
+            copies[key] = place.copy_(obj.detach(), non_blocking=True)
+        return copies[key].detach()
+
+    copied = copy(state)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copied
+
+# %% ../nbs/E4_runs.ipynb #a69bf360
+def write_later(run: Run, state: dict, position: dict) -> None:
+    """Start a thread that commits a checkpoint, and ends."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    run.writing = position["step"], pool.submit(commit_checkpoint, run, state, position)
+    pool.shutdown(wait=False)
+
 # %% ../nbs/E4_runs.ipynb #7848dc59
-def save_checkpoint(run: Run, step: int, parts: dict, extra: dict | None = None, after_s: float = 0.0) -> None:
+def commit_checkpoint(run: Run, state: dict, position: dict) -> None:
+    """Force the logs to disk and write a checkpoint; then it is the run's last. DiskFull: the previous one stays."""
+    with guarded(run, f"the checkpoint of step {position['step']}"):
+        for name in position["bytes"]:
+            sync(run.folder / name)
+        write_checkpoint(run.folder, state, position)
+    run.step = position["step"]
+
+
+def finish_writing(run: Run) -> None:
+    """Wait for a checkpoint that is on its way to disk, if there is one; raises what went wrong with it."""
+    if run.writing:
+        try:
+            run.writing[1].result()
+        finally:  # a Ctrl-C ends the waiting, not the writing
+            run.writing = None if run.writing[1].done() else run.writing
+
+# %% ../nbs/E4_runs.ipynb #99ed6ff9
+def save_checkpoint(run: Run, step: int, parts: dict, extra: dict | None = None, after_s: float = 0.0,
+                    later: bool = False) -> None:
     """Save all that is needed to go on after `step`; the last thing a step does.
 
     parts: by name, objects with `state_dict` and `load_state_dict` (model, optimizer, scheduler, …). extra: plain data.
     The generators' state is added. Atomic; the previous checkpoint is removed once this one is safe. after_s: do
-    nothing if fewer seconds have passed since the last one (or the start). Raises TypeError for data that could not be
-    loaded safely, ValueError for a step that has one, DiskFull (the previous one stays).
+    nothing if fewer seconds have passed since the last one (or the start). later: return once all is copied, while a
+    thread writes, if the copy fits into memory. Raises TypeError for data that could not be loaded safely, ValueError
+    for a step that has one, DiskFull (the previous one stays), also what `later` left unsaid the last time.
     """
+    finish_writing(run)
     if step <= run.step:
         raise ValueError(f"step {step} is not after the last checkpoint, of step {run.step}")
     if after_s and on_rank_zero(lambda: wall_s(run) - run.saved < after_s):
         return
     state = {"parts": {name: portable(part.state_dict(), name) for name, part in parts.items()},
              "extra": portable(extra, "extra"), "rng": rng_state()}
-    with guarded(run, f"the checkpoint of step {step}"):
-        if run.writes:
-            lengths = sync_logs(run.folder)
-            write_checkpoint(run.folder, state, {"step": step, "wall_s": wall_s(run), "bytes": lengths})
-    run.step, run.logged, run.saved = step, step, wall_s(run)
+    position = {"step": step, "wall_s": wall_s(run), "bytes": log_lengths(run.folder)}
+    if not run.writes:
+        run.step = step
+    elif later and fits_twice(state):
+        write_later(run, on_host(state), position)
+    else:
+        commit_checkpoint(run, state, position)
+    run.logged, run.saved = step, wall_s(run)
 
 # %% ../nbs/E4_runs.ipynb #1240df77
 def find_checkpoint(folder: Path) -> Path | None:
@@ -733,10 +808,9 @@ def open_run(config: dict | Config, root: Path | str | None = None, force: bool 
         run.step, run.wall_before = on_rank_zero(lambda: begin_or_continue(run, force, held))
         run.logged, run.saved = run.step, run.wall_before
         run.mirror = start_mirror(run) if mirror and run.writes else None
-        try:
-            yield run
-        finally:
-            stop_mirror(run.mirror)
+        held.callback(stop_mirror, run.mirror)
+        held.callback(finish_writing, run)  # the last first: before the lock is given back
+        yield run
 
 # %% ../nbs/E4_runs.ipynb #d55e3b13
 def finished(run: Run) -> dict | None:
@@ -777,8 +851,9 @@ def finish_run(run: Run, **more) -> dict:
 
     final: the last evaluation, without `eval/`; best: the highest answer_accuracy of all. n_eval and temperature come
     from the configuration, n_eval also from `eval/n`. `more` is added. Raises ValueError if the last evaluation is
-    older than the last step, as its numbers would not be the final ones.
+    older than the last step, as its numbers would not be the final ones; and what `finish_writing` raises.
     """
+    finish_writing(run)
     run.summary = on_rank_zero(lambda: write_summary(run, more))
     return run.summary
 

@@ -3,7 +3,7 @@
 Runs that are killed happen in child processes made by fork, so that the imports are paid for once. The policy is a
 tiny Llama with the micro model's tokenizer; its reward is one that it can get by chance (a digit in the answer), so
 that there is something to learn."""
-import contextlib, io, json, math, os, queue, random, signal, statistics, subprocess, sys, time
+import contextlib, io, json, math, os, queue, random, signal, statistics, subprocess, sys, threading, time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -162,6 +162,50 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, python_handles_ctrl_c):
         quiet_train(tmp_path, engine=CallsAt(6, twice))
     assert signal.getsignal(signal.SIGINT) is before
     assert runs.find_checkpoint(run_folder(asdict(CONFIG), tmp_path)).name == "step_00000003"
+
+
+# --- checkpoints that are written while the next step runs
+
+def on_slow_disk(monkeypatch, wait):
+    """Checkpoints are written once `wait()` returns; the list of their steps, as they begin."""
+    write, begun = runs.write_checkpoint, []
+
+    def slow(folder, state, position):
+        begun.append(position["step"])
+        wait()
+        write(folder, state, position)
+
+    monkeypatch.setattr(runs, "write_checkpoint", slow)
+    return begun
+
+
+def test_a_step_does_not_wait_for_the_checkpoint_of_the_one_before(tmp_path, monkeypatch):
+    """The checkpoint of step 3 is written when step 4 samples; and the run is the one on a fast disk."""
+    quiet_train(tmp_path / "whole", engine=CallsAt(0, None))
+    sampled, waited = threading.Event(), []
+    begun = on_slow_disk(monkeypatch, lambda: waited.append(sampled.wait(20)))
+    quiet_train(tmp_path / "slow", engine=CallsAt(5, sampled.set))  # the evaluation at 0, steps 1 … 4
+    assert begun == [3, 6, 9, 12] and all(waited)
+    assert record(tmp_path / "slow") == record(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("act, way_out", [(lambda: fail(), pytest.raises(RunStopped, match="step 4 failed(.|\n)*safe after step 3")),
+                                          (lambda: (ctrl_c(), ctrl_c()), pytest.raises(KeyboardInterrupt, match="safe after step 3"))],
+                         ids=["failed", "Ctrl-C twice"])
+def test_what_ends_a_run_waits_for_the_checkpoint(tmp_path, monkeypatch, python_handles_ctrl_c, act, way_out):
+    begun = on_slow_disk(monkeypatch, lambda: time.sleep(0.5))
+    with way_out:
+        quiet_train(tmp_path, engine=CallsAt(5, act))
+    assert begun == [3] and runs.find_checkpoint(run_folder(asdict(CONFIG), tmp_path)).name == "step_00000003"
+
+
+def test_where_a_stopped_run_is_safe_is_on_disk_when_it_is_said(tmp_path, monkeypatch):
+    on_slow_disk(monkeypatch, lambda: time.sleep(0.3))
+    there = {}
+    monkeypatch.setattr(grpo_runs, "say", lambda run, what: there.update({what: runs.find_checkpoint(run.folder)}))
+    quiet_train(tmp_path, engine=CallsAt(5, ctrl_c))
+    (what, checkpoint), = there.items()
+    assert "safe after step 4" in what and checkpoint.name == "step_00000004"
 
 
 # --- stopped by hand in a notebook
@@ -394,6 +438,48 @@ def test_which_weights_sample_which_step(tmp_path, overlap):
     assert [n for kind, n in engine.events if kind == "eval"] == [1, 4, 7]  # the newest: before, after 3, after 6
     moved = [line["train/updates"] > 0 for line in metrics_of(tmp_path, config)[1:]]
     assert [a != b for a, b in zip(engine.given, engine.given[1:])] == moved and any(moved)
+
+
+class Meeting(Watched):
+    """Meets the trainer in `meet` when it samples one of `steps`: each waits for the other, for 20 s at most."""
+
+    def __init__(self, steps=()):
+        super().__init__()
+        self.meet, self.steps, self.threads = threading.Barrier(2, timeout=20), steps, set()
+
+    def generate(self, prompts, sampling, progress=True):
+        self.threads.add(threading.current_thread())
+        if sampling.n > 1 and 1 + sum(kind == "train" for kind, _ in self.events) in self.steps:
+            self.meet.wait()
+        return super().generate(prompts, sampling, progress)
+
+
+def test_the_next_rollouts_are_sampled_while_an_evaluation_is_graded(tmp_path, monkeypatch):
+    """With the weights that were evaluated; and the run is the one in which one thing comes after the other."""
+    config, engines, grade = replace(CONFIG, n_grpo_steps=6, eval_every=3), [Meeting([1, 4]), Meeting()], grpo_runs.evaluate_policy
+
+    def graded(responses, *args):
+        if args[-1] < 6 and engines[0].steps:  # after the last step nothing is sampled
+            engines[0].meet.wait()
+        return grade(responses, *args)
+
+    monkeypatch.setattr(grpo_runs, "evaluate_policy", graded)
+    quiet_train(tmp_path / "meanwhile", config, engine=engines[0])
+    waits = grpo_runs.State
+    monkeypatch.setattr(grpo_runs, "State", lambda *args, **more: waits(*args, **more | {"own_weights": False}))
+    engines[0].steps = ()
+    quiet_train(tmp_path / "after", config, engine=engines[1])
+    assert engines[0].events == engines[1].events and [n for kind, n in engines[0].events if kind == "train"] == list(range(1, 7))
+    assert len(engines[0].threads) == 2 and engines[1].threads == {threading.main_thread()}
+    assert record(tmp_path / "meanwhile", config) == record(tmp_path / "after", config)
+
+
+def test_a_live_policy_samples_nothing_while_it_grades(tmp_path, monkeypatch):
+    threads, sample = set(), TransformersEngine.generate
+    monkeypatch.setattr(TransformersEngine, "generate",
+                        lambda *args, **more: (threads.add(threading.current_thread()), sample(*args, **more))[1])
+    quiet_train(tmp_path, replace(CONFIG, n_grpo_steps=2, eval_every=1))
+    assert threads == {threading.main_thread()}
 
 
 def test_overlap_needs_an_engine_of_its_own(tmp_path):
@@ -968,6 +1054,24 @@ def test_a_lean_runs_engine_sleeps_during_updates_and_learns_the_same(tmp_path, 
     losses = [[line["train/loss"] for line in read_metrics(run_folder(asdict(CONFIG), tmp_path / name)) if "train/loss" in line]
               for name in ("whole", "lean")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # activations computed twice are the same
+
+
+def test_a_lean_runs_engine_does_not_sleep_while_it_samples_ahead(tmp_path, monkeypatch):
+    class Sleeper(Watched):
+        asleep = False
+
+        def sleep(self): self.asleep = True
+
+        def wake(self): self.asleep = False
+
+        def generate(self, *args, **kwargs):
+            out = super().generate(*args, **kwargs)
+            assert not self.asleep
+            return out
+
+    monkeypatch.setattr(grpo_runs, "eight_bit_adamw", lambda: None)
+    monkeypatch.setattr(grpo_runs, "make_optimizer", lambda *args, state_bits: make_optimizer(*args))
+    assert quiet_train(tmp_path, replace(CONFIG, n_grpo_steps=4, eval_every=1), lean=True, engine=Sleeper())[0]["steps"] == 4
 
 
 def test_a_lean_runs_engine_is_awake_after_a_step_that_failed(tmp_path, monkeypatch):

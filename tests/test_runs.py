@@ -31,8 +31,10 @@ def known_environment(monkeypatch):
     monkeypatch.setattr(runs, "environment", lambda: {"gpu": None})
 
 
-def train(root, steps, every=5, pause=0.0, at_end=lambda parts: None, config=CONFIG):
-    """A small training run with dropout, AdamW, a schedule, all four generators in use, evaluations and rollouts."""
+def train(root, steps, every=5, pause=0.0, at_end=lambda parts: None, config=CONFIG, later=False):
+    """A small training run with dropout, AdamW, a schedule, all four generators in use, evaluations and rollouts.
+
+    later: its checkpoints are written by a thread while the next steps train."""
     with contextlib.redirect_stdout(io.StringIO()), open_run(config, root, mirror=False) as run:
         if run.summary:
             return
@@ -56,7 +58,7 @@ def train(root, steps, every=5, pause=0.0, at_end=lambda parts: None, config=CON
             if step % every == 0:
                 log_metrics(run, step, {"eval/answer_accuracy": model(x).mean()})
                 log_rollouts(run, step, [{"response": f"√ {step} {i}", "reward": random.random()} for i in range(2)])
-                save_checkpoint(run, step, parts, {"best": best})
+                save_checkpoint(run, step, parts, {"best": best}, later=later)
             if pause:
                 time.sleep(pause)
         finish_run(run)
@@ -72,10 +74,11 @@ def clock_runs_forward(root):
     return times == sorted(times)
 
 
-def test_ten_random_kills_leave_the_same_run(tmp_path):
+@pytest.mark.parametrize("later", [False, True], ids=["", "later"])
+def test_ten_random_kills_leave_the_same_run(tmp_path, later):
     steps, pause, begin = 100, 0.005, time.monotonic()
     assert ended_by(in_child(lambda: train(tmp_path / "whole", steps, pause=pause))) == 0
-    kill_ten_times(lambda: train(tmp_path / "killed", steps, pause=pause), run_folder(CONFIG, tmp_path / "killed"),
+    kill_ten_times(lambda: train(tmp_path / "killed", steps, pause=pause, later=later), run_folder(CONFIG, tmp_path / "killed"),
                    0.3 * (time.monotonic() - begin))
     assert record(tmp_path / "killed") == record(tmp_path / "whole")
     assert clock_runs_forward(tmp_path / "killed")
@@ -107,12 +110,14 @@ def die_at_call(k):
     return count
 
 
-def test_a_kill_at_every_single_write(tmp_path):
+@pytest.mark.parametrize("later", [False, True], ids=["", "later"])
+def test_a_kill_at_every_single_write(tmp_path, later):
+    """Written later, the calls of two threads come in any order, but as many."""
     steps, counted = 4, tmp_path / "count"
 
     def count_calls():
         count = die_at_call(-1)
-        train(tmp_path / "whole", steps, every=2)
+        train(tmp_path / "whole", steps, every=2, later=later)
         counted.write_text(str(count[0]))
 
     assert ended_by(in_child(count_calls)) == 0
@@ -120,8 +125,8 @@ def test_a_kill_at_every_single_write(tmp_path):
     assert calls > 25
     for k in range(1, calls + 1):
         root = tmp_path / str(k)
-        assert ended_by(in_child(lambda: (die_at_call(k), train(root, steps, every=2)))) == signal.SIGKILL, k
-        assert ended_by(in_child(lambda: train(root, steps, every=2))) == 0, f"not resumable after a kill at call {k}"
+        assert ended_by(in_child(lambda: (die_at_call(k), train(root, steps, every=2, later=later)))) == signal.SIGKILL, k
+        assert ended_by(in_child(lambda: train(root, steps, every=2, later=later))) == 0, f"not resumable after a kill at call {k}"
         assert record(root) == expected, f"another run after a kill at call {k}"
         assert clock_runs_forward(root)
 
@@ -158,27 +163,75 @@ def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["", "later"])
 @pytest.mark.parametrize("broken", ["append_jsonl", "write_json", "sync", "torch.save"])
-def test_full_disk_keeps_what_is_written(tmp_path, monkeypatch, broken):
+def test_full_disk_keeps_what_is_written(tmp_path, monkeypatch, broken, later):
     """The disk is full from the third checkpoint on, whatever is being written."""
     train(tmp_path / "whole", 20)
     target = (torch, "save") if broken == "torch.save" else (runs, broken)
 
-    def fill_disk(run, step, *args):
+    def fill_disk(run, step):
         if step == 10:  # the second checkpoint is there; from now on nothing can be written
+            runs.finish_writing(run)
             monkeypatch.setattr(*target, no_space)
 
     original = runs.save_checkpoint
     monkeypatch.setitem(globals(), "save_checkpoint",
-                        lambda run, step, *args: (original(run, step, *args), fill_disk(run, step)))
+                        lambda run, step, *args, **how: (original(run, step, *args, **how), fill_disk(run, step)))
     with pytest.raises(DiskFull, match="the disk is full: cannot write .* continues after step 10"):
-        train(tmp_path / "full", 20)
+        train(tmp_path / "full", 20, later=later)
     monkeypatch.undo()
     folder = run_folder(CONFIG, tmp_path / "full")
     assert max(line["step"] for line in read_metrics(folder)) >= 10
     assert runs.find_checkpoint(folder).name == "step_00000010"
-    train(tmp_path / "full", 20)
+    train(tmp_path / "full", 20, later=later)
     assert record(tmp_path / "full") == record(tmp_path / "whole")
+
+
+class SlowDisk:
+    """In place of `write_checkpoint`: notes in `seen` what happens, and lets 0.2 s pass before it writes."""
+
+    def __init__(self, monkeypatch, act=lambda: None):
+        self.seen, self.write, self.act = [], runs.write_checkpoint, act
+        monkeypatch.setattr(runs, "write_checkpoint", self)
+
+    def __call__(self, folder, state, position):
+        self.seen.append(f"begins {position['step']}")
+        time.sleep(0.2)
+        self.act()
+        self.write(folder, state, position)
+        self.seen.append(f"done {position['step']}")
+
+
+def saved_run(root, *steps, finish=False):
+    """A run that saves a checkpoint after each of `steps`, to be written later; the lock is free when it returns."""
+    with contextlib.redirect_stdout(io.StringIO()), open_run(CONFIG, root, mirror=False) as run:
+        for step in steps:
+            log_metrics(run, step, {"train/loss": 0.0})
+            save_checkpoint(run, step, {"model": nn.Linear(2, 2)}, later=True)
+        return finish_run(run) if finish else run
+
+
+def test_one_checkpoint_is_written_at_a_time_and_the_end_waits_for_it(tmp_path, monkeypatch):
+    disk = SlowDisk(monkeypatch)
+    run = saved_run(tmp_path, 1, 2)
+    assert disk.seen == ["begins 1", "done 1", "begins 2", "done 2"] and (run.step, run.writing) == (2, None)
+    assert runs.find_checkpoint(run.folder).name == "step_00000002"
+    saved_run(tmp_path, 3, finish=True)
+    assert disk.seen[4:] == ["begins 3", "done 3"] and not (run.folder / "checkpoints").exists()  # nothing is left, or comes later
+
+
+@pytest.mark.parametrize("finish", [False, True], ids=["open_run ends", "finish_run"])
+def test_what_went_wrong_with_the_last_checkpoint_is_told_at_the_end(tmp_path, monkeypatch, finish):
+    saved_run(tmp_path, 1)
+    SlowDisk(monkeypatch, no_space)
+    with pytest.raises(DiskFull, match="the checkpoint of step 2.*continues after step 1"):
+        saved_run(tmp_path, 2, finish=finish)
+    folder = run_folder(CONFIG, tmp_path)
+    assert runs.find_checkpoint(folder).name == "step_00000001" and read_summary(folder) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(runs, "environment", lambda: {"gpu": None})
+    assert saved_run(tmp_path, 2, finish=True)["steps"] == 2
 
 
 @pytest.fixture
