@@ -45,9 +45,9 @@ SHAPES = {  # configuration, tokens of prompt and response, rows, rows in a pass
                     num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True), 120, 256, 255, 85),
     "course": (dict(vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                     num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True), 150, 1024, 24, 4)}
-TINY = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True)
-GPU, LIGER = "a GPU", "liger_kernel"
+TINY = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True)  # heads of 64, as pocket's
+GPU, LIGER, LIGER_HOPPER = "a GPU", "liger_kernel", "liger_kernel, cutlass"
 CHECKED = 8  # rows whose loss and gradient are compared, at most those of a pass: float32 keeps four times as much
 VARIANTS = {  # what differs from today's path, and what it needs
     "today": ({}, None),
@@ -60,7 +60,8 @@ VARIANTS = {  # what differs from today's path, and what it needs
     "output: slices of one response": ({"max_logits": 1}, None),
     "output: not compiled": ({"output": "eager"}, None),
     "output: computed again in the backward pass": ({"output": "again"}, None),
-    "output: Liger's fused layer and loss": ({"output": "liger", "max_logits": 2**40}, LIGER),
+    "output: Liger's for Hopper, loss and entropy in the product": ({"output": "liger", "max_logits": 2**40}, LIGER_HOPPER),
+    "output: Liger's with the loss (no entropy)": ({"output": "liger_loss", "max_logits": 2**40}, LIGER),
     "layers: not compiled": ({"layers": "eager"}, GPU),
     "layers: Liger's, not compiled": ({"layers": "liger"}, LIGER),
     "layers: computed again in the backward pass": ({"layers": "again"}, None),
@@ -142,17 +143,30 @@ def liger_log_probs(model, hidden, labels, temperature=1.0):
     return -nll, entropy.detach().float()
 
 
+def liger_loss_log_probs(model, hidden, labels, temperature=1.0):
+    """Log-probs by Liger's older kernel, in chunks of about 1,000 tokens; it knows no entropy: zeros."""
+    import torch
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as fused
+
+    from cs336_alignment import packing as P
+    dtype, chunks = P.compute_dtype(model), 16  # of logits, in multiples of the hidden states' size
+    weight = model.get_output_embeddings().weight.to(dtype)
+    nll = fused.apply(hidden.to(dtype), weight, labels, None, None, -100, 0.0, 0.0, "none", None, False, torch.float32,
+                      False, False, False, None, None, chunks)[0]
+    return -nll, torch.zeros_like(nll)
+
+
 ORIGINAL = None  # packing.head_log_probs, while it is patched
 
 
 @contextmanager
 def output_layer(kind: str | None):
-    """Within it `backward_in_slices` has another output layer: eager, again, liger; None is the project's."""
+    """Within it `backward_in_slices` has another output layer: eager, again, liger, liger_loss; None is the project's."""
     from cs336_alignment import packing as P
     global ORIGINAL
     ORIGINAL = P.head_log_probs
     other = {"eager": ("fused_token_log_probs", lambda: P.token_log_probs), "again": ("head_log_probs", again_log_probs),
-             "liger": ("head_log_probs", liger_log_probs)}
+             "liger": ("head_log_probs", liger_log_probs), "liger_loss": ("head_log_probs", liger_loss_log_probs)}
     with mock.patch.object(P, *other[kind]) if kind else ExitStack():
         yield
 
@@ -363,12 +377,11 @@ def attention_rows(shape: str, small: bool, rows: int, turns: int, names: dict[s
 # --- a shape
 
 def missing(need: str | None) -> str | None:
-    """Why a variant cannot run here; None if it can. Liger and flash-attn are for a GPU too, but for Liger's output layer."""
-    if need in (GPU, "flash_attn") and not G.on_gpu():
+    """Why a variant cannot run here; None if it can."""
+    if need and not G.on_gpu():
         return "needs a GPU"
-    if need not in (None, GPU) and importlib.util.find_spec(need) is None:
-        return f"{need} is not installed"
-    return None
+    absent = [name for name in (need or GPU).split(", ") if name != GPU and importlib.util.find_spec(name) is None]
+    return f"{' and '.join(absent)} not installed" if absent else None
 
 
 def joined(rows: list[dict]) -> tuple[str, dict]:
@@ -418,8 +431,7 @@ def one_shape(shape: str, small: bool, turns: int, seconds: float, peak: float, 
         save(result)
 
     for name, (options, need) in chosen.items():
-        why = missing(need) or (time.perf_counter() - begin > seconds and name != "today" and "no time left") or (
-            options.get("layers") == "liger" and not G.on_gpu() and "needs a GPU")
+        why = missing(need) or (time.perf_counter() - begin > seconds and name != "today" and "no time left")
         if why:
             result["left_out"][name] = why
         else:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,13 +113,14 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu", dtype:
     starts = [0, *accumulate(len(e) for e in examples)]
     first = [start + len(e.prompt_ids) - 1 for start, e in zip(starts, examples)]  # it predicts the response's first
     lengths = [len(e.response_ids) for e in examples]
-    return Packed(
-        input_ids=torch.tensor([[x for e in examples for x in [*e.prompt_ids, *e.response_ids][:-1]]], device=device),
+    ids = lambda rows: torch.from_numpy(np.array([x for row in rows for x in row], np.int64)).to(device)
+    return Packed(  # ids: torch.tensor is slow with lists, and the GPU waits for them
+        input_ids=ids([*e.prompt_ids, *e.response_ids][:-1] for e in examples)[None],
         position_ids=torch.cat([torch.arange(len(e)) for e in examples])[None].to(device),
         cu_seq_lens=torch.tensor(starts, dtype=torch.int32, device=device),
         max_length=max(len(e) for e in examples),
         index=torch.cat([torch.arange(start, start + n) for start, n in zip(first, lengths)]).to(device),
-        labels=torch.tensor([x for e in examples for x in e.response_ids], dtype=torch.long, device=device),
+        labels=ids(e.response_ids for e in examples),
         lengths=lengths,
         side={name: pack_side(examples, name).to(device, dtype) for name in examples[0].side})
 
