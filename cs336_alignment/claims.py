@@ -51,7 +51,7 @@ SEED = "seed repository"  # github.com/xuhu0115/CS336-Chinese-co-construction, c
 SHIB = "ShibukiZero"  # github.com/ShibukiZero/assignment5-alignment, writeup.md
 X26 = "xiaofei9289, 4 seeds"  # github.com/xiaofei9289/CS336_Project, assignment5
 CLAIMS = [
-    Claim("A rate four times the best collapses", f"{SHIB} (88% at 4e-5, 0% at 2e-4)", "baseline", "lr0.0008", 1),
+    Claim("A rate 4 or 5 times the best collapses", f"{SHIB} (88% at 4e-5, 0% at 2e-4)", "baseline", "lr0.0008", 1),
     Claim("A rate of 2e-5 beats 1e-5", f"{SHIB} (85.8 against 67.3%); {SEED}", "lr2e-05", "baseline", 1),
     Claim("Training needs the baseline", f"{SHIB} (88 against 18%)", "baseline", "no_baseline", 1),
     Claim("Without a baseline it is better", f"{SEED} (49.7 against 35.0%)", "no_baseline", "baseline", 1),
@@ -83,7 +83,8 @@ CLAIMS += [
 
 # %% ../nbs/17_variants.ipynb #e8089884
 LEVELS = ("micro", "pocket")
-PARTNER = {("pocket", "tags"): "baseline"}  # there the base's prompt has tags
+PARTNER = {("pocket", "tags"): "baseline",  # there the base's prompt has tags
+           ("pocket", "lr0.0008"): "lr5e-05"}  # five times its best rate; on micro four times
 
 
 def judged() -> list[tuple[Claim, dict[str, tuple[str, str]]]]:
