@@ -32,8 +32,8 @@ COMMANDS = {  # name: the command's words, and what it is told with --set
     "ei": ("sft_math_reasoning_ei", TRAINED | dict(n_ei_steps=2, questions=64))}
 COMMANDS |= {name: (f"grpo_experiments {name} {RUN} {variant}", dict(train_data="gsm_symbolic") | EVALUATED)
              for name, variant in {"lr-sweep": "lr1e-06", "baselines": "no_baseline", "length-norm": "masked_normalize",
-                                   "std-norm": "no_std", "off-policy": "e2_b128", "off-policy-sweep": "e4_b64",
-                                   "clip-ablation": "e4_b64_no_clip", "prompt-ablation": "question_only",
+                                   "std-norm": "no_std", "off-policy": "e2_b128", "off-policy-sweep": "broad_e4_b64",
+                                   "clip-ablation": "broad_e4_b64_no_clip", "prompt-ablation": "question_only",
                                    "variants": "dapo_e2_b128"}.items()}
 SMALL = {"evaluate_math": {}, "sft_math_reasoning": dict(n_eval=8, max_tokens=12, batch_size=8, n_train=16),
          "sft_math_reasoning_ei": dict(n_eval=8, max_tokens=12, questions=8, batch_size=8),

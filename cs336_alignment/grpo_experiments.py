@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['inference', 'leaderboard', 'models', 'side_by_side', 'vllm_engine', 'cuda', 'app', 'Option', 'Count', 'Settings',
-           'GRID', 'NO_CLIP', 'EXPERIMENTS', 'FULL', 'SEEDS', 'GRPO_RATES', 'STARTS', 'START', 'GSM8K', 'OWN', 'LAYOUT',
-           'ABOUT', 'grpo_command_config', 'check_problems', 'check_experiment', 'main', 'run_command',
-           'learning_curve', 'before_and_after', 'off_policy', 'variants', 'grpo_start_config', 'experiment_config',
-           'experiment_runs', 'unpublished', 'show_runs', 'run_grpo_experiment', 'run_experiment', 'report',
-           'crossed_configs', 'add_command', 'race', 'leaderboard_command']
+           'GRID', 'FOCUS', 'NO_CLIP', 'EXPERIMENTS', 'FULL', 'SEEDS', 'GRPO_RATES', 'STARTS', 'START', 'GSM8K',
+           'HARDEST', 'SWEPT', 'OWN', 'LAYOUT', 'ABOUT', 'grpo_command_config', 'check_problems', 'check_experiment',
+           'main', 'run_command', 'learning_curve', 'before_and_after', 'off_policy', 'broad', 'variants',
+           'grpo_start_config', 'experiment_config', 'experiment_runs', 'unpublished', 'show_runs',
+           'run_grpo_experiment', 'run_experiment', 'report', 'crossed_configs', 'add_command', 'race',
+           'leaderboard_command']
 
 # %% ../nbs/13_grpo_experiments.ipynb #a4f9d6f6
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -137,7 +138,13 @@ def off_policy(epochs: int, batch: int, **more) -> Settings:
 
 
 GRID = {f"e{e}_b{b}": off_policy(e, b) for e in (1, 2, 4) for b in (256, 128, 64) if e * 256 > b}
+FOCUS = {name: GRID[name] for name in ("e2_b128", "e2_b64", "e4_b128")}  # to the end: 4 updates, and 8 in two ways
 NO_CLIP = {f"{name}_no_clip": GRID[name] | dict(loss_type="grpo_no_clip") for name in ("e2_b128", "e4_b64")}
+
+
+def broad(**variants: Settings) -> dict[str, Settings]:
+    """The same over 40 steps: the handout's broad sweep."""
+    return {f"broad_{name}": own | dict(n_grpo_steps=40, eval_every=10) for name, own in variants.items()}
 
 # %% ../nbs/13_grpo_experiments.ipynb #ddfc85f0
 EXPERIMENTS: dict[str, dict[str, Settings]] = {
@@ -148,8 +155,8 @@ EXPERIMENTS: dict[str, dict[str, Settings]] = {
     "length-norm": {"baseline": {}, "masked_normalize": dict(length_normalization="masked_normalize")},
     "std-norm": {"baseline": {}, "no_std": dict(use_std_normalization=False)},
     "off-policy": {"baseline": {}, "e2_b128": GRID["e2_b128"]},
-    "off-policy-sweep": {"baseline": {}, **GRID},
-    "clip-ablation": {name: GRID[name] for name in ("e2_b128", "e4_b64")} | NO_CLIP,
+    "off-policy-sweep": {"baseline": {}, **FOCUS},
+    "clip-ablation": {"e2_b128": GRID["e2_b128"], "e2_b128_no_clip": NO_CLIP["e2_b128_no_clip"]},
     "prompt-ablation": {},
     "variants": {"baseline": {}, "dr_grpo": NAMED["dr_grpo"], "maxrl": NAMED["maxrl"],
                  "token_mean": dict(length_normalization="token"), "mask_overlong": dict(mask_overlong=True),
@@ -176,22 +183,24 @@ START = {"micro": None, "pocket": "all_x1", "course": None}
 
 # %% ../nbs/13_grpo_experiments.ipynb #98b5b645
 GSM8K = dict(start="gsm8k", train_data="gsm8k", eval_data="gsm8k", n_eval=1319)
+HARDEST = {"e4_b64": GRID["e4_b64"], "e4_b64_no_clip": NO_CLIP["e4_b64_no_clip"]}  # 16 updates a batch
+SWEPT = {"off-policy-sweep": broad(baseline={}, **GRID), "clip-ablation": broad(**HARDEST)}
 OWN: dict[str, dict[str, dict[str, Settings]]] = {  # variants of one track only
     "micro": {"baselines": {**{f"no_baseline_lr{r:g}": dict(loss_type="no_baseline", learning_rate=r)
                                for r in (5e-5, 1e-4, 4e-4)},
                             "baseline_long": dict(n_grpo_steps=300),
                             "no_baseline_long": dict(n_grpo_steps=300, loss_type="no_baseline")},
+              "off-policy-sweep": GRID,
+              "clip-ablation": HARDEST,
               "prompt-ablation": {"tags": dict(start="tags"),
                                   "question_only": dict(start="question_only", prompt="question_only")}},
-    "pocket": {"off-policy-sweep": {f"broad_{name}": settings | dict(n_grpo_steps=40, eval_every=10)
-                                    for name, settings in {"baseline": {}, **GRID}.items()},
-               "prompt-ablation": {"baseline": {},
-                                   "question_only": dict(start="question_only", prompt="question_only")},
+    "pocket": {**SWEPT, "prompt-ablation": {"baseline": {},
+                                            "question_only": dict(start="question_only", prompt="question_only")},
                "variants": {"overlap": dict(overlap=True), "overlap_tis": dict(overlap=True, tis_cap=2.0),
                             **{f"start_{name}": dict(start=name) for name in ("all_x2", "n1024_x2", "n1024_x6")},
                             "start_three_shot": dict(start=None, prompt="r1_zero_three_shot"),
                             "gsm8k": GSM8K, "gsm8k_2e-5": GSM8K | dict(learning_rate=2e-5)}},
-    "course": {"prompt-ablation": {"baseline": {}, "question_only": dict(prompt="question_only")}}}
+    "course": {**SWEPT, "prompt-ablation": {"baseline": {}, "question_only": dict(prompt="question_only")}}}
 
 # %% ../nbs/13_grpo_experiments.ipynb #150023f3
 def variants(command: str, track: str) -> dict[str, Settings]:
