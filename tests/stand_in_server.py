@@ -1,12 +1,13 @@
 """A stand-in for a vLLM server where vLLM is not installed: the requests that notebook E9a makes, answered by the transformers engine.
 
-    python tests/stand_in_server.py [MODEL] [HOST]      prints its address, then serves until it is killed
+    python tests/stand_in_server.py [MODEL] [HOST]      prints its address, then serves until its standard input ends
 
 Weights come over gloo, received by the code that vLLM's workers run. Requests that wait together are answered as one batch.
 """
 import contextlib
 import itertools
 import json
+import os
 import sys
 import threading
 from concurrent.futures import Future
@@ -75,6 +76,7 @@ if __name__ == "__main__":
     server = Server((HOST, 0), Handler)
     print(f"serving on http://{HOST}:{server.server_port}", flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=lambda: sys.stdin.read() or os._exit(0), daemon=True).start()  # with who started it
     while True:
         waiting = [WAITING.get()]
         while not WAITING.empty():
