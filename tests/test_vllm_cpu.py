@@ -403,6 +403,15 @@ def test_a_run_with_a_server_is_the_run_with_an_engine_here(engine, server, poli
     assert runs["here"][1]["train/updates"] == 1
 
 
+def test_the_bench_of_a_transfer_compares_with_an_engine_here(server, served, policy, tmp_path):
+    bench, out = Path(grpo_runs.__file__).parent.parent / "bench" / "server_weights.py", tmp_path / "weights.json"
+    done = subprocess.run([sys.executable, str(bench), "--small", "--server", server, "--out", str(out)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    result = json.loads(out.read_text())
+    assert result["backend"] == "gloo" and result["after"]["equal_responses"] == 1 and result["after"]["gap_max"] < 1e-3
+    assert result["before"]["equal_responses"] < 1 and result["transfer_s"] > 0
+
+
 def test_weights_of_another_model_are_refused_by_the_server_with_its_words(server, policy, tmp_path):
     """Past our own check, as a server may hold another model with the same tokenizer."""
     named = [(name, w[..., :-1].contiguous()) for name, w in named_weights(policy[0])]
