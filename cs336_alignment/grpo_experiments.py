@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli import (Changes, GpuShare, Replicas, Root, Seed, TrackName, later, only_after_the_command,
-                                 parse_changes, stop, told)
+                                 parse_changes, server_address, stop, told)
 from .data import fill_prompt, load_prompt, problem_sets, read_jsonl
 from .distributed import joined
 from .grpo_settings import NAMED, PRESETS, GRPOConfig, grpo_config
@@ -84,7 +84,7 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
          gpu_memory_utilization: GpuShare = 0.35, pass_tokens: Annotated[int, typer.Option(min=1)] = 16_384,
          compiled: bool = False, lean: Annotated[bool, Option("for a card with 24 GB; needs torchao")] = False,
          force: bool = False, shard: Annotated[bool, Option("layers over all processes (FSDP2)")] = False,
-         server: Annotated[list[str], Option("http://HOST:PORT of a vLLM server that samples (repeat for several)")] = []):
+         server: Annotated[list[str], Option("http://HOST:PORT of a vLLM that samples (repeat for several)")] = []):
     """One GRPO run (CS336 assignment 5, §7), or with a command an experiment of §8.
 
     A killed run goes on from its last checkpoint; Ctrl-C stops it after the step. Several GPUs: notebook E9."""
@@ -93,11 +93,14 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
     with told(), joined():  # mistakes show before anything is loaded
         given = dict(seed=seed, model=model, n_grpo_steps=steps, learning_rate=lr, variant=variant)
         config = grpo_command_config(track, given, data, named, settings)
-        check_folder(config, root)
-        check_problems(config, server)
         here = dict(replicas=replicas, gpu_memory_utilization=gpu_memory_utilization)
+        if server and any(context.get_parameter_source(name).name == "COMMANDLINE" for name in here):
+            raise ValueError("--replicas and --gpu-memory-utilization are vLLM's here: a --server has its own")
+        servers = [server_address(url) for url in server]
+        check_folder(config, root)
+        check_problems(config, servers)
         run_command(config, root, force, pass_tokens=pass_tokens, compiled=compiled, lean=lean, shard=shard,
-                    **({"servers": server} if server else here))
+                    **({"servers": servers} if servers else here))
 
 # %% ../nbs/13_grpo_experiments.ipynb #b9bdd206
 def run_command(config: GRPOConfig, root: Path | None, force: bool, **options) -> None:

@@ -168,8 +168,8 @@ def stops_saved(s: State, step: int):
 @contextmanager
 def use_engine(config: GRPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                engine: Engine | None, servers: Sequence[str] = (), **options):
-    """The caller's engine; or one made for this run and closed after: vLLM servers (E9a) at the addresses `servers`, vLLM
-    here if it can run, else the live policy.
+    """The caller's engine; or one made for this run and closed after: vLLM servers (E9a) at the addresses `servers`,
+    vLLM here if it can run, else the live policy.
 
     vLLM shares the GPU with the trainer, hence gpu_memory_utilization 0.35 (the handout's 0.85 is for its own GPU)."""
     live = engine is None and not servers and vllm_problem() is not None
@@ -273,8 +273,8 @@ def run_grpo(config: GRPOConfig, engine: Engine | None = None, root: Path | str 
     """GRPO (handout §7.2, Algorithm 3) into the run folder of `config` below `root`; its summary, or None if stopped.
 
     engine: kept open; default: one is made with `engine_options` (see `use_engine`) and closed. keep_policy: save the
-    policy in the cache. compiled, shard, lean: see `prepared_policy`, `lean_options`. force, mirror: see `open_run`. `joined`
-    processes (E9) share all work. Raises RunStopped, RunConflict, ValueError for options that do not go together.
+    policy in the cache. compiled, shard, lean: see `prepared_policy`, `lean_options`. force, mirror: see `open_run`.
+    `joined` processes (E9) share all work. Raises RunStopped, RunConflict, ValueError for options that clash.
     """
     name, engine_options = policy_name(asdict(config)), engine_options | lean_options(config, lean)
     with open_run(config, root, force, mirror) as run:

@@ -4,6 +4,7 @@ A namespace has network cards, addresses and ports of its own: nothing reaches t
 Making one takes root, `unshare` and `ip`; where they are not to be had, these tests are skipped, and say so.
 """
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -68,8 +69,8 @@ def end(process) -> None:
     process.communicate()
 
 
-def options(root, steps=2) -> list:
-    return [*COMMAND, "--steps", steps, "--root", root, *(x for k, v in SIZES.items() for x in ("--set", f"{k}={v}"))]
+def options(root, steps=2, *more) -> list:
+    return [*COMMAND, "--steps", steps, "--root", root, *(x for k, v in SIZES.items() for x in ("--set", f"{k}={v}")), *more]
 
 
 def finished(*processes) -> list[str]:
@@ -79,11 +80,11 @@ def finished(*processes) -> list[str]:
     return [out for out, _ in said]
 
 
-def launched(machines, root, steps=2) -> list:
+def launched(machines, root, steps=2, *more) -> list:
     """The command of E9 on both machines: one process each."""
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", 2, "--num_processes", 2, "--main_process_ip",
               ADDRESSES[0], "--main_process_port", 29500, "--mixed_precision", "no", "--dynamo_backend", "no", "--machine_rank"]
-    return [machines(k, [*launch, k, *options(root, steps)], GLOO_SOCKET_IFNAME=CABLE) for k in (0, 1)]
+    return [machines(k, [*launch, k, *options(root, steps, *more)], GLOO_SOCKET_IFNAME=CABLE) for k in (0, 1)]
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
@@ -134,9 +135,11 @@ def test_a_machine_that_is_lost_stops_the_run_which_goes_on(machines, tmp_path):
     assert [line["step"] for line in read_metrics(folder)] == list(range(9))
 
 
-def test_a_trainer_and_a_server_on_another_machine(machines, alone, tmp_path):
-    """HTTP to the server and weights over gloo, both over the cable."""
+@pytest.mark.parametrize("trainers", [1, 2])
+def test_trainers_and_a_server_on_another_machine(machines, alone, tmp_path, trainers):
+    """HTTP to the server and weights over gloo, both over the cable. Of two trainers each asks for its share."""
     server = machines(1, [repo_root() / "tests" / "stand_in_server.py", "micro", ADDRESSES[1]], GLOO_SOCKET_IFNAME=CABLE)
-    url = server.stdout.readline().split()[-1]
-    finished(machines(0, [*options(tmp_path), "--server", url], GLOO_SOCKET_IFNAME=CABLE))
+    more = "--server", server.stdout.readline().split()[-1]
+    finished(*([machines(0, options(tmp_path, 2, *more), GLOO_SOCKET_IFNAME=CABLE)] if trainers == 1 else launched(machines, tmp_path, 2, *more)))
     assert_same_run(tmp_path, alone)
+    assert json.loads((tmp_path / "grpo_micro" / "v_seed0" / "summary.json").read_text())["servers"] == [more[1]]
