@@ -5,6 +5,7 @@
 Weights come over gloo, received by the code that vLLM's workers run. Requests that wait together are answered as one batch.
 """
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ from cs336_alignment.models import load_policy
 from cs336_alignment.vllm_server import gloo_group, receive_over_gloo
 
 MODEL, HOST = [*sys.argv[1:], *["micro", "127.0.0.1"][len(sys.argv) - 1:]]
-with contextlib.redirect_stdout(sys.stderr):
+with contextlib.redirect_stdout(io.StringIO()):
     ENGINE = TransformersEngine(*load_policy(MODEL, device="cpu"))
 WAITING: Queue = Queue()
 GROUP: list = []

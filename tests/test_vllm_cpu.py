@@ -427,15 +427,19 @@ def test_a_server_that_takes_no_weights_is_refused(tmp_path):
 
 
 def test_nccl_is_called_as_this_vllm_defines_it(monkeypatch):
-    """NCCL itself needs two GPUs: bench/server_weights.py. Here only the names and arguments of what is called."""
+    """NCCL itself needs two GPUs: bench/server_weights.py. Here the names and arguments of what is called, and what would be packed."""
     from vllm.distributed.weight_transfer import nccl_common, nccl_engine, packed_tensor
-    calls = {}
-    for module, name in ((nccl_common, "trainer_init"), (packed_tensor, "packed_nccl_broadcast_producer")):
-        monkeypatch.setattr(module, name, mock.create_autospec(getattr(module, name)))
-        calls[name] = getattr(module, name)
+    group, packed, named = object(), [], [("a", torch.arange(6.).view(3, 2)), ("b", torch.ones(4, dtype=torch.bfloat16))]
+    opened = mock.create_autospec(nccl_common.trainer_init, return_value=group)
+    producer = mock.create_autospec(packed_tensor.packed_nccl_broadcast_producer, side_effect=lambda iterator, group, src, post_iter_func: (
+        packed.append(packed_tensor.pack_tensors(iterator, post_iter_func, 2**20))))
+    monkeypatch.setattr(nccl_common, "trainer_init", opened)
+    monkeypatch.setattr(packed_tensor, "packed_nccl_broadcast_producer", producer)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    send_over_nccl("127.0.0.1", 1, 2)([torch.zeros(2)])
-    assert all(call.call_count == 1 for call in calls.values())
+    send_over_nccl("127.0.0.1", 1, 2)(pair for pair in named)
+    [chunk] = packed
+    assert chunk.names == ["a", "b"] and chunk.tensor_sizes == [24, 8] and chunk.dtypes == [torch.float32, torch.bfloat16]
+    assert torch.equal(chunk.packed_tensor[:24].view(torch.float32), torch.arange(6.))
     once, each = packed_words("nccl")
     nccl_engine.NCCLWeightTransferInitInfo(master_address="a", master_port=1, rank_offset=1, world_size=2, **once)
     nccl_engine.NCCLWeightTransferUpdateInfo(names=[], dtype_names=[], shapes=[], **each)
