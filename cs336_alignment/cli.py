@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TrackName', 'Force', 'Seed', 'Seeds', 'Changes', 'Replicas', 'GpuShare', 'DryRun', 'Root', 'stop', 'told',
-           'only_after_the_command', 'read_value', 'parse_changes', 'bench_refusal', 'later']
+           'only_after_the_command', 'read_value', 'parse_changes', 'server_address', 'bench_refusal', 'later']
 
 # %% ../nbs/E10_commands.ipynb #ef989ef0
 import json
+import re
 from ast import literal_eval
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,6 +91,14 @@ def parse_changes(settings: list[str], *own: str, **options: Any) -> dict[str, A
             raise ValueError(f"--set {name} is given twice: by another --set, or by the option for it")
         changes[name] = read_value(value.strip())
     return changes
+
+# %% ../nbs/E10_commands.ipynb #14625630
+def server_address(url: str) -> str:
+    """The address of a server without what may follow it, "/v1" or "/". Raises ValueError if it is none."""
+    address = re.sub(r"(/v1)?/*$", "", url)
+    if not re.fullmatch(r"https?://[^/\s]+", address):
+        raise ValueError(f"--server takes http://HOST:PORT, not {url!r}")
+    return address
 
 # %% ../nbs/E10_commands.ipynb #3680e3a7
 def bench_refusal(small: bool, out: Path, published: Path, gpu: bool) -> str | None:

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from .runs import (Run, finish_run, finish_writing, log_metrics, open_run, polic
                                   restore_checkpoint,
                                   save_checkpoint, say, seed_everything, training_steps)
 from .vllm_engine import make_engine, vllm_problem
+from .vllm_server import ServerEngine
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #ab8e995b
 @dataclass
@@ -179,11 +181,12 @@ def stops_saved(s: State, step: int):
 # %% ../nbs/E7_loop_in_earnest.ipynb #3937955a
 @contextmanager
 def use_engine(config: GRPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-               engine: Engine | None, **options):
-    """The caller's engine; or one made for this run, vLLM if it can run here, else the live policy, and closed after.
+               engine: Engine | None, servers: Sequence[str] = (), **options):
+    """The caller's engine; or one made for this run and closed after: vLLM servers (E9a) at the addresses `servers`,
+    vLLM here if it can run, else the live policy.
 
     vLLM shares the GPU with the trainer, hence gpu_memory_utilization 0.35 (the handout's 0.85 is for its own GPU)."""
-    live = engine is None and vllm_problem() is not None
+    live = engine is None and not servers and vllm_problem() is not None
     if config.overlap and (live or getattr(engine, "model", None) is policy):
         raise ValueError("overlap needs an engine with weights of its own: vLLM (the live policy cannot both train and "
                          "sample)")
@@ -193,7 +196,8 @@ def use_engine(config: GRPOConfig, policy: PreTrainedModel, tokenizer: PreTraine
         yield engine
         return
     options = {"gpu_memory_utilization": 0.35} | options
-    with make_engine(policy if live else config.model, tokenizer=tokenizer, **options) as engine:
+    with (ServerEngine(config.model, servers, tokenizer) if servers else
+          make_engine(policy if live else config.model, tokenizer=tokenizer, **options)) as engine:
         yield engine
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #aaaf1744
@@ -282,9 +286,9 @@ def run_grpo(config: GRPOConfig, engine: Engine | None = None, root: Path | str 
              compiled: bool = False, shard: bool = False, lean: bool = False, **engine_options) -> dict | None:
     """GRPO (handout §7.2, Algorithm 3) into the run folder of `config` below `root`; its summary, or None if stopped.
 
-    engine: kept open; default: one is made with `engine_options` (replicas, …) and closed. keep_policy: save the policy
-    in the cache. compiled, shard, lean: see `prepared_policy`, `lean_options`. force, mirror: see `open_run`. `joined`
-    processes (E9) share all work. Raises RunStopped, RunConflict, ValueError for options that do not go together.
+    engine: kept open; default: one is made with `engine_options` (see `use_engine`) and closed. keep_policy: save the
+    policy in the cache. compiled, shard, lean: see `prepared_policy`, `lean_options`. force, mirror: see `open_run`.
+    `joined` processes (E9) share all work. Raises RunStopped, RunConflict, ValueError for options that clash.
     """
     name, engine_options = policy_name(asdict(config)), engine_options | lean_options(config, lean)
     with open_run(config, root, force, mirror) as run:

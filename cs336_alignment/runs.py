@@ -43,7 +43,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from tqdm.auto import tqdm
 
 from .data import DataMissing, read_jsonl, repo_root
-from .distributed import on_rank_zero, processes, rank
+from .distributed import everyones, on_rank_zero, processes, rank
 
 # %% ../nbs/E4_runs.ipynb #6aaef1c8
 RUN_KEYS = ("family", "track", "variant", "seed")
@@ -712,10 +712,13 @@ def restore_checkpoint(run: Run, parts: dict) -> dict | None:
     """Load the run's last checkpoint into `parts` and the generators; returns its `extra`, or None for a new run.
 
     The run's clock starts when this returns, so that loading is not counted as training. Raises ValueError if the
-    checkpoint was saved with other parts, or cannot be read.
+    checkpoint was saved with other parts, or cannot be read; and if several processes (E9) see different ones.
     """
-    extra = None
-    if checkpoint := find_checkpoint(run.folder):
+    extra, checkpoint = None, find_checkpoint(run.folder)
+    if len(seen := set(everyones(checkpoint and checkpoint.name))) > 1:
+        raise ValueError(f"the processes see different checkpoints in {run.folder}: "
+                         f"{', '.join(sorted(map(str, seen)))}. Several machines need a --root that they share")
+    if checkpoint:
         state = read_state(checkpoint / "state.pt")
         if set(state["parts"]) != set(parts):
             raise ValueError(f"{checkpoint} holds {sorted(state['parts'])}, but {sorted(parts)} are to be restored")

@@ -130,6 +130,8 @@ SFT, EI, GRPO = "sft_math_reasoning", "sft_math_reasoning_ei", "grpo_experiments
     (GRPO, ["--set", "family="], "'' cannot be part"), (EI, ["--set", "questions=99999999"], "questions = 99,999,999 a step, but micro has"),
     (SFT, ["--variant", "x" * 300], "more than 200 characters"), (EI, ["--set", f"variant={'é' * 150}"], "more than 200 characters"),
     (GRPO, ["--variant", "x" * 300], "more than 200 characters"), (GRPO, ["--set", f"family={'x' * 300}"], "more than 200 characters"),
+    (GRPO, ["--server", "localhost:8000"], "takes http://HOST:PORT, not 'localhost:8000'"),
+    (GRPO, ["--server", "http://10.0.0.2:8000", "--replicas", "2"], "a --server has its own"),
     ("run_queue", ["nope"], "there are: tune"), *[("run_queue", ["sft", "--seeds", s], "0,1,2,3") for s in ("a", "", "-1", "0,0", "²", "4294967296")],
     ("run_queue", ["sft", "--seed", "9"], "--seed one of --seeds"), ("run_queue", ["sft", "--vllm", "[1]"], "takes a JSON object"),
 ])

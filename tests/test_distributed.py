@@ -244,6 +244,17 @@ def test_a_stop_asked_of_one_stops_all_and_another_number_goes_on(tmp_path, whol
     assert_same_run(tmp_path, whole)
 
 
+def test_machines_that_do_not_share_a_folder_are_told(tmp_path):
+    """Else one would go on and the other begin."""
+    together(2, lambda: train(tmp_path, engine=Interrupted()), tmp_path)
+
+    def go_on():
+        with pytest.raises(ValueError, match="None, step_00000002. Several machines need a --root that they share"):
+            train(tmp_path if rank() == 0 else tmp_path / "own")
+
+    together(2, go_on, tmp_path)
+
+
 class FailsAt(TransformersEngine):
     """The live policy; in process 1 its k-th call fails."""
 

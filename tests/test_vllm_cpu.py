@@ -4,15 +4,19 @@
 
 Needs an environment of its own and is skipped elsewhere. Uses the micro model, in float32, without compilation.
 """
+import contextlib
 import importlib.metadata
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 # The model is tiny: one thread is fastest, and waiting threads should not spin. OpenMP reads this at the first import.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -35,6 +39,8 @@ from cs336_alignment.inference import SamplingParams, TransformersEngine, named_
 from cs336_alignment.models import load_policy
 from cs336_alignment.runs import read_metrics, run_folder
 from cs336_alignment.vllm_engine import VLLMEngine, ask_replicas, forget_prefixes, make_engine, vllm_params
+from cs336_alignment.vllm_server import (ServerEngine, ServerError, check_servers, connect, look_at, packed_words, send_over_nccl,
+                                         send_weights, serve_command)
 
 PROMPTS = [fill_prompt(load_prompt("micro"), p.question) for p in micro_problems(16, seed=1, split="test")]
 SAMPLING = SamplingParams(n=2, seed=0, max_tokens=64, min_tokens=4)
@@ -48,6 +54,32 @@ def texts(groups):
 
 def flat(groups):
     return [c for group in groups for c in group]
+
+
+@contextlib.contextmanager
+def vllm_server_of(model, folder, without=None):
+    """The address of a vLLM server on this machine, which is ended afterwards. without: an option to leave out."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    words = serve_command(model, "--enforce-eager", "--max-num-seqs", "32", port=port, backend="gloo")
+    words = [w for w, before in zip(words, ["", *words]) if without is None or without not in (w, before)]
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(Path(grpo_runs.__file__).parent.parent)}
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(words, env=os.environ | paths, stdout=log, stderr=log, start_new_session=True)
+    try:
+        until = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < until:
+            with contextlib.suppress(ServerError):
+                look_at(f"http://127.0.0.1:{port}")
+                break
+            time.sleep(0.5)
+        assert process.poll() is None, (folder / "server.log").read_text()[-3000:]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +331,119 @@ def test_replicas_end_with_their_parent():
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" and time.time() < deadline:
         time.sleep(0.5)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
+
+
+# --- vLLM's own server (E9a), weights over gloo
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a vLLM server of the micro model, in a process of its own."""
+    with vllm_server_of("micro", tmp_path_factory.mktemp("server")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def served(server):
+    with ServerEngine("micro", [server]) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("changes", [{}, dict(include_stop_str_in_output=False), dict(stop=("=", "</think>"), min_tokens=6),
+                                     dict(max_tokens=5), dict(temperature=0.7, top_p=0.9), dict(logprobs=None), dict(temperature=0)], ids=str)
+def test_the_server_answers_as_the_engine_here(engine, served, changes):
+    sampling = replace(SAMPLING, **changes)
+    ours, theirs = (flat(e.generate(PROMPTS, sampling, progress=False)) for e in (engine, served))
+    for field in ("text", "token_ids", "finish_reason", "prompt_token_ids"):
+        assert [getattr(c, field) for c in theirs] == [getattr(c, field) for c in ours]
+    for a, b in zip(ours, theirs):
+        assert (a.logprobs is b.logprobs is None) if sampling.logprobs is None else b.logprobs == pytest.approx(a.logprobs, abs=1e-3)
+
+
+def test_the_server_takes_new_weights_also_from_a_second_trainer(engine, served, server, policy):
+    model, _ = policy
+    noise = torch.Generator().manual_seed(0)
+    changed = {name: w + 0.02 * torch.randn(w.shape, generator=noise) for name, w in named_weights(model)}
+    before = texts(served.generate(PROMPTS, GREEDY, progress=False))
+    try:
+        for weights in (changed, model, changed):
+            for e in (engine, served):
+                e.load_weights(weights)
+            ours, theirs = (e.generate(PROMPTS, GREEDY, progress=False) for e in (engine, served))
+            assert texts(ours) == texts(theirs) and (texts(ours) == before) == (weights is model)
+            assert flat(theirs)[0].logprobs == pytest.approx(flat(ours)[0].logprobs, abs=1e-3)
+    finally:
+        engine.load_weights(model)
+    with ServerEngine("micro", [server]) as second:
+        second.load_weights(model)
+        assert texts(second.generate(PROMPTS, GREEDY, progress=False)) == before
+    served.backend.send = None  # the server has left its group: the first trainer must join anew
+    served.load_weights(model)
+
+
+def test_an_interrupted_call_leaves_the_server_ready(served, groups):
+    def stop(k):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        served._run(*_requests(served), stop)
+    assert texts(served.generate(PROMPTS, SAMPLING, progress=False)) == texts(groups)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_run_with_a_server_is_the_run_with_an_engine_here(engine, server, policy, tmp_path, overlap):
+    config = grpo_settings.grpo_config("micro", n_grpo_steps=2, eval_every=2, n_eval=16, rollout_batch_size=32, train_batch_size=32,
+                                       overlap=overlap)
+    runs = {}
+    for name, options in {"here": dict(engine=engine), "served": dict(servers=[server])}.items():
+        grpo_runs.run_grpo(config, root=tmp_path / name, progress=False, mirror=False, keep_policy=False, **options)
+        runs[name] = read_metrics(run_folder(asdict(config), tmp_path / name))
+    engine.load_weights(policy[0])
+    for ours, theirs in zip(runs["here"], runs["served"], strict=True):
+        same = {k: v for k, v in ours.items() if k.split("/")[-1] in ("reward_mean", "mean_tokens", "loss", "grad_norm", "updates")}
+        assert {k: theirs[k] for k in same} == pytest.approx(same, rel=1e-3, abs=1e-6)
+    assert runs["here"][1]["train/updates"] == 1
+
+
+def test_the_bench_of_a_transfer_compares_with_an_engine_here(server, served, policy, tmp_path):
+    bench, out = Path(grpo_runs.__file__).parent.parent / "bench" / "server_weights.py", tmp_path / "weights.json"
+    done = subprocess.run([sys.executable, str(bench), "--small", "--server", server, "--out", str(out)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    result = json.loads(out.read_text())
+    assert result["backend"] == "gloo" and result["after"]["equal_responses"] == 1 and result["after"]["gap_max"] < 1e-3
+    assert result["before"]["equal_responses"] < 1 and result["transfer_s"] > 0
+
+
+def test_weights_of_another_model_are_refused_by_the_server_with_its_words(server, policy, tmp_path):
+    """Past our own check, as a server may hold another model with the same tokenizer."""
+    named = [(name, w[..., :-1].contiguous()) for name, w in named_weights(policy[0])]
+    servers = check_servers([server], "micro")
+    with pytest.raises(ServerError, match="/update_weights with status 500"):
+        send_weights(servers, connect(servers), named)
+
+
+def test_a_server_that_takes_no_weights_is_refused(tmp_path):
+    with (vllm_server_of("micro", tmp_path, without="--weight-transfer-config") as url,
+          pytest.raises(ValueError, match="start it with --weight-transfer-config")):
+        ServerEngine("micro", [url])
+
+
+def test_nccl_is_called_as_this_vllm_defines_it(monkeypatch):
+    """NCCL itself needs two GPUs: bench/server_weights.py. Here the names and arguments of what is called, and what would be packed."""
+    from vllm.distributed.weight_transfer import nccl_common, nccl_engine, packed_tensor
+    group, packed, named = object(), [], [("a", torch.arange(6.).view(3, 2)), ("b", torch.ones(4, dtype=torch.bfloat16))]
+    opened = mock.create_autospec(nccl_common.trainer_init, return_value=group)
+    producer = mock.create_autospec(packed_tensor.packed_nccl_broadcast_producer, side_effect=lambda iterator, group, src, post_iter_func: (
+        packed.append(packed_tensor.pack_tensors(iterator, post_iter_func, 2**20))))
+    monkeypatch.setattr(nccl_common, "trainer_init", opened)
+    monkeypatch.setattr(packed_tensor, "packed_nccl_broadcast_producer", producer)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    send_over_nccl("127.0.0.1", 1, 2)(pair for pair in named)
+    [chunk] = packed
+    assert chunk.names == ["a", "b"] and chunk.tensor_sizes == [24, 8] and chunk.dtypes == [torch.float32, torch.bfloat16]
+    assert torch.equal(chunk.packed_tensor[:24].view(torch.float32), torch.arange(6.))
+    once, each = packed_words("nccl")
+    nccl_engine.NCCLWeightTransferInitInfo(master_address="a", master_port=1, rank_offset=1, world_size=2, **once)
+    nccl_engine.NCCLWeightTransferUpdateInfo(names=[], dtype_names=[], shapes=[], **each)
+    assert {**once, **each} == {"packed": True}
 
 
 def test_close_gives_the_memory_back(engine, groups):
