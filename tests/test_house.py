@@ -218,22 +218,26 @@ def results_of(path: Path) -> list[list[float]]:
     return found
 
 
-def unfounded(path: Path) -> list[str]:
-    """Differences "a ± b" of a notebook's prose, in the outputs' units or in percent of them, that no output shows side by side, nor one of a notebook that the same cell links."""
+def unfounded(path: Path) -> list[list[str]]:
+    """Results "a ± b" and "a% [b, c]" of a notebook's prose, in the outputs' units or in percent of them, that no output shows side by side, nor one
+    of a notebook that the same cell links."""
     found = []
     for _, cell in cells(path, "markdown"):
         source = text(cell["source"])
         linked = [path.parent / name for name in re.findall(r"\]\((\w+\.ipynb)", source)]
         shown = [numbers for place in [path, *linked] for numbers in results_of(place)]
         fits = lambda x, word: any(abs(x * k - float(word)) < 0.5001 * 10 ** -len(word.partition(".")[2]) for k in (1, 100))
-        for a, b in re.findall(r"(\d+(?:\.\d+)?) ± (\d+(?:\.\d+)?)", source):
-            if not any(fits(x, a) and any(fits(y, b) for y in row[i + 1:i + 3]) for row in shown for i, x in enumerate(row)):
-                found.append(f"{a} ± {b}")
+        number = r"(\d+(?:\.\d+)?)"
+        said = re.findall(rf"{number} ± {number}()|{number}% \[{number}, {number}\]", source)
+        for words in ([word for word in match if word] for match in said):
+            if not any(fits(x, words[0]) and all(any(fits(y, word) for y in row[i + k:i + k + 2]) for k, word in enumerate(words) if k)
+                       for row in shown for i, x in enumerate(row)):
+                found.append(words)
     return found
 
 
 @each(NOTEBOOKS)
-def test_differences_in_prose_stand_in_an_output(path):
+def test_results_in_prose_stand_in_an_output(path):
     assert not unfounded(path)
 
 
@@ -387,7 +391,8 @@ DISORDER = {
     "an error": (test_stored_outputs, [code("1", {"output_type": "error", "ename": "E", "evalue": "", "traceback": []})], None),
     "a widget": (test_stored_outputs, [code("1", {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}}})], None),
     "a bar": (test_stored_outputs, [code("1", said("  0%|          | 0/20 [00:00<?, ?it/s]", "stderr"))], None),
-    "a difference that no output shows": (test_differences_in_prose_stand_in_an_output, [markdown("better by 5.6 ± 1.0"), code("1", said("5.6 ± 1.2"))], None),
+    "a difference that no output shows": (test_results_in_prose_stand_in_an_output, [markdown("better by 5.6 ± 1.0"), code("1", said("5.6 ± 1.2"))], None),
+    "an interval that no output shows": (test_results_in_prose_stand_in_an_output, [markdown("right: 2.0% [1.3, 2.9]"), code("1", said("2.0 [1.3, 2.8]"))], None),
     "a random id": (test_stored_outputs, [code("1", {"output_type": "execute_result", "data": {"text/html": '<table id="T_0a1b2">'}})], None),
     "a wide line": (test_cells_fit_on_a_screen, [code("x" * 121)], None),
     "a long cell": (test_cells_fit_on_a_screen, [code("x\n" * 29)], None),
@@ -417,10 +422,10 @@ def test_disorder_is_seen(disorder, tmp_path):
 
 def test_order_is_not_disorder(tmp_path):
     path = plant(tmp_path, markdown("# Here we are\n## `f` *and* more\n```\n# no heading\n[x](no.md)\n```\n### Deeper\n## Up\n"
-                                    "[a](#Here-we-are) [b](00_planted.ipynb#f-and-more) [c](https://x.y) [d](#Here-we-are)\n`f[0](no)`, 5.6 ± 1.0 points"),
-                 code("x" * 120, said("100% of 20, gap 0.0561, half 0.0098", "stdout"), said("b", "stderr")))
+                                    "[a](#Here-we-are) [b](00_planted.ipynb#f-and-more) [c](https://x.y) [d](#Here-we-are)\n`f[0](no)`, 5.6 ± 1.0 points, 2.0% [1.3, 2.9]"),
+                 code("x" * 120, said("100% of 20, gap 0.0561, half 0.0098; 0.02 from 0.013 to 0.029", "stdout"), said("b", "stderr")))
     for check in (test_opens_without_a_question, test_stored_outputs, test_cells_fit_on_a_screen, test_says_only_what_a_reader_can_follow,
-                  test_no_dead_link, test_headings_make_a_table_of_contents, test_differences_in_prose_stand_in_an_output):
+                  test_no_dead_link, test_headings_make_a_table_of_contents, test_results_in_prose_stand_in_an_output):
         check(path)
 
 
