@@ -234,6 +234,23 @@ def test_what_went_wrong_with_the_last_checkpoint_is_told_at_the_end(tmp_path, m
     assert saved_run(tmp_path, 2, finish=True)["steps"] == 2
 
 
+def test_the_lock_is_held_until_the_last_checkpoint_is_written(tmp_path, monkeypatch):
+    """Also if nobody waits for it, after a Ctrl-C in the waiting: another writer would remove what is half written."""
+    disk, wait = SlowDisk(monkeypatch), runs.finish_writing
+    monkeypatch.setattr(runs, "finish_writing", lambda run: run.writing and interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        saved_run(tmp_path, 1)
+    assert "done 1" not in disk.seen
+    monkeypatch.setattr(runs, "finish_writing", wait)
+    assert saved_run(tmp_path, 2).step == 2  # it was patient
+    assert disk.seen == ["begins 1", "done 1", "begins 2", "done 2"]
+    assert runs.find_checkpoint(run_folder(CONFIG, tmp_path)).name == "step_00000002"
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
 @pytest.fixture
 def tiny_disk(tmp_path):
     """A file system of 256 KB, where one may be mounted."""
