@@ -609,8 +609,10 @@ def on_host(state: dict) -> dict:
             return type(obj)(map(copy, obj))
         if not isinstance(obj, torch.Tensor):
             return obj
-        if type(obj) is not torch.Tensor:  # of a kind that other packages make: the 8-bit states of torchao
-            return obj.detach().to("cpu", copy=True)
+        if hasattr(obj, "__tensor_flatten__"):  # of several tensors: the 8-bit states of torchao
+            names, how = obj.__tensor_flatten__()
+            parts = {name: copy(getattr(obj, name)) for name in names}
+            return type(obj).__tensor_unflatten__(parts, how, obj.shape, obj.stride())
         key = obj.device, obj.data_ptr(), obj.dtype, obj.shape, obj.stride()
         if key not in copies:
             place = torch.empty_like(obj, device="cpu", pin_memory=obj.is_cuda)

@@ -188,6 +188,39 @@ def test_full_disk_keeps_what_is_written(tmp_path, monkeypatch, broken, later):
     assert record(tmp_path / "full") == record(tmp_path / "whole")
 
 
+class InBytes(torch.Tensor):
+    """A tensor of two others, as torchao's 8-bit states: `to` copies nothing that is on the device already."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, device=codes.device)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, how, size, stride):
+        return cls(**parts)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+        return cls(args[0].codes, args[0].scale)
+
+
+def test_what_is_written_later_is_a_copy():
+    """Of tensors of other packages too; those that share their memory do so again."""
+    tied, state = torch.zeros(4), InBytes(torch.zeros(4, dtype=torch.uint8), torch.zeros(1))
+    copied = runs.on_host({"tied": (tied, tied.detach()), "row": [tied[None, 1:]], "in bytes": state, "step": 3})
+    for own in (tied, state.codes, state.scale):
+        own += 1
+    a, b = copied["tied"]
+    assert a.data_ptr() == b.data_ptr() and type(copied["in bytes"]) is InBytes and copied["step"] == 3
+    assert not any(t.any() for t in (a, b, copied["row"][0], copied["in bytes"].codes, copied["in bytes"].scale))
+
+
 class SlowDisk:
     """In place of `write_checkpoint`: notes in `seen` what happens, and lets 0.2 s pass before it writes."""
 
