@@ -32,8 +32,8 @@ from .instruction_tuning import (REFUSAL, Compiled, Start, TrialSteps, Variant, 
                                                 epoch_rows, instruct, micro_instructions, show_plan, tuning_config,
                                                 tuning_optimizer, tuning_schedule, tuning_updates)
 from .runs import (Config, NonNegative, Positive, Rate, Share, check_folder, finish_run, guarded,
-                                  log_metrics, make_config, open_run, policy_name, read_state, read_summary,
-                                  restore_checkpoint, run_folder, save_checkpoint, seed_everything, training_steps,
+                                  log_metrics, make_config, open_run, policy_name, read_state,
+                                  restore_checkpoint, save_checkpoint, seed_everything, training_steps, used_up,
                                   variant_name)
 
 models, packing, torch = (later(name) for name in ("cs336_alignment.models", "cs336_alignment.packing", "torch"))
@@ -327,10 +327,12 @@ def have_start(config: DPOConfig, root: Path | str | None = None, **options) -> 
     """Tunes the model of 21 that a run starts from, if the cache lacks it or holds one of other settings.
     options: for `instruct`."""
     start = tuning_config(config.track, config.seed)
-    if config.model == policy_name(start) and models.policy_differs(config.model, asdict(start)) != []:
+    if config.model == policy_name(start) and (differs := models.policy_differs(config.model, asdict(start))) != []:
+        if differs:
+            print(f"{config.model} was trained with {'; '.join(differs)}: it is trained again", flush=True)
         home = Path(root or repo_root() / "results" / "runs")
-        elsewhere = read_summary(run_folder(start, home))  # its run is here, its weights are not
-        instruct(start, None, home / "logs" / "again" if elsewhere else home, **options)
+        place = home / "logs" / "again" if used_up(start, home) else home  # its run is here, its weights are not
+        instruct(start, None, place, force=place != home and used_up(start, place), **options)
 
 
 def fitting(model, rows: list, max_tokens: int) -> list:

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -55,6 +55,7 @@ class State:
     log_s: float = 0.0  # what it took to log and save the step before
     lean: bool = False  # the engine sleeps while the policy trains
     own_weights: bool = False  # the engine's: it can sample while the policy computes
+    stop_asked: threading.Event = field(default_factory=threading.Event)  # after the step that is under way
 
     @property
     def parts(self) -> dict:
@@ -68,8 +69,9 @@ def run_problems(config: GRPOConfig) -> tuple[list[Problem], list[Problem]]:
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #f16bd4ba
 def sample_ahead(s: State, step: int) -> None:
-    """Begins to sample the rollouts of `step`, with the weights that the engine has now."""
-    s.pending = s.pool.submit(sample_rollouts, s.config, s.engine, s.problems, step)
+    """Begins to sample the rollouts of `step`, with the weights that the engine has now, if the run comes so far."""
+    if step <= s.config.n_grpo_steps and not agreed(s.stop_asked.is_set()):
+        s.pending = s.pool.submit(sample_rollouts, s.config, s.engine, s.problems, step)
 
 
 def next_rollouts(s: State, step: int) -> tuple[list[Completion], list[str]]:
@@ -77,7 +79,7 @@ def next_rollouts(s: State, step: int) -> tuple[list[Completion], list[str]]:
     rollouts = (s.pending.result() if s.pending
                 else sample_rollouts(s.config, s.engine, s.problems, step))
     s.pending = None
-    if s.config.overlap and step < s.config.n_grpo_steps:
+    if s.config.overlap:
         sample_ahead(s, step + 1)
     return rollouts
 
@@ -89,7 +91,7 @@ def evaluate_run(s: State, step: int) -> dict[str, float]:
     template, sampling = load_prompt(s.config.prompt), sampling_params(s.config, step, 1, purpose=1)
     prompts = [fill_prompt(template, p.question) for p in s.eval_problems]
     responses = s.engine.generate(prompts, sampling, progress=False)
-    if s.own_weights and not s.pending and step < s.config.n_grpo_steps:
+    if s.own_weights and not s.pending:
         sample_ahead(s, step + 1)
     return evaluate_policy(responses, s.policy, s.tokenizer, s.eval_problems, s.config.prompt, sampling, s.run, step)
 
@@ -202,13 +204,13 @@ def use_engine(config: GRPOConfig, policy: PreTrainedModel, tokenizer: PreTraine
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #aaaf1744
 def start(config: GRPOConfig, run: Run, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: Engine,
-          pool: ThreadPoolExecutor, pass_tokens: int, lean: bool = False) -> State:
+          pool: ThreadPoolExecutor, pass_tokens: int, lean: bool, stop_asked: threading.Event) -> State:
     """A new run, or one brought to its last checkpoint; the engine has its weights."""
     seed_everything(config.seed)
     reference = load_policy(config.model, policy.device, "float32")[0].requires_grad_(False) if config.kl_coef else None
     optimizer = make_optimizer(policy, config.learning_rate, state_bits=8 if lean else 32)
     s = State(config, run, policy, tokenizer, optimizer, engine, pool, *run_problems(config), reference, pass_tokens,
-              lean=lean, own_weights=getattr(engine, "model", None) is not policy)
+              lean=lean, own_weights=getattr(engine, "model", None) is not policy, stop_asked=stop_asked)
     restore_checkpoint(run, s.parts)
     with stops_saved(s, run.step):
         engine.load_weights(policy)
@@ -226,13 +228,13 @@ def log_step(s: State, step: int, line: dict, save: bool, last: bool) -> None:
     s.log_s = time.perf_counter() - begin
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #89c78d81
-def run_steps(s: State, stop_asked: threading.Event, progress: bool | None) -> bool:
+def run_steps(s: State, progress: bool | None) -> bool:
     """All steps that are left; False if it was stopped by hand before the last."""
     last = s.config.n_grpo_steps
     for step in training_steps(s.run, last, progress):
         with stops_saved(s, step):
             line = run_step(s, step)
-        stopped = agreed(stop_asked.is_set()) and step < last
+        stopped = agreed(s.stop_asked.is_set()) and step < last
         log_step(s, step, line, save=stopped or step % s.config.checkpoint_every == 0, last=stopped)
         if stopped:
             say(s.run, f"stopped by hand, safe after step {step}; the same command goes on from there")
@@ -297,9 +299,9 @@ def run_grpo(config: GRPOConfig, engine: Engine | None = None, root: Path | str 
         policy, tokenizer = prepared_policy(config, compiled, shard, lean)
         with (use_engine(config, policy, tokenizer, engine, **engine_options) as engine,
               ThreadPoolExecutor(1) as pool, stop_on_interrupt() as stop_asked):
-            s = start(config, run, policy, tokenizer, engine, pool, pass_tokens, lean)
+            s = start(config, run, policy, tokenizer, engine, pool, pass_tokens, lean, stop_asked)
             try:
-                if not run_steps(s, stop_asked, progress):
+                if not run_steps(s, progress):
                     return None
             except KeyboardInterrupt:  # without the hundred frames that it came through
                 finish_writing(run)

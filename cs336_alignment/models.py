@@ -413,8 +413,8 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name
     """Saves a trained policy in the cache as `name`, "<family>_<track>/<variant>_seed<k>", replacing an older one.
 
     Weights on a GPU are saved in bfloat16, others as they are. settings: of the run, for `policy_differs`. A killed
-    call leaves nothing under `name`, or the older policy. Returns the folder. Raises OSError
-    if the cache cannot be written.
+    call leaves nothing under `name`, or the older policy. Returns the folder. Raises OSError if the cache cannot be
+    written.
     """
     target = cache_dir() / "policies" / name
     partial, older = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "older"))
@@ -436,10 +436,18 @@ WATCHING = {"evaluations", "n_eval", "eval_data", "eval_every", "checkpoint_ever
 
 
 def policy_differs(name: str, settings: dict) -> list[str] | None:
-    """In which of these settings the cached policy `name` was trained otherwise, as text; None if there is none."""
-    file = cache_dir() / "policies" / name / "settings.json"
-    if not file.exists():
+    """In which of these settings the cached policy `name` was trained otherwise, as text; None if there is none.
+
+    One whose settings cannot be read differs: an older version of this course left none."""
+    folder = cache_dir() / "policies" / name
+    if not folder.exists():
         return None
-    kept, wanted = json.loads(file.read_text()), json.loads(json.dumps(settings))
-    return [f"{k}={kept[k]}, not {wanted[k]}" for k in sorted(kept.keys() & wanted.keys() - WATCHING)
+    try:
+        kept = dict(json.loads((folder / "settings.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return ["settings that are not known"]
+    wanted = json.loads(json.dumps(settings))
+    held_back = "validation" in (kept.get("eval_data"), wanted.get("eval_data"))  # from the training data
+    free = WATCHING - {"n_eval", "eval_data"} if held_back else WATCHING
+    return [f"{k}={kept[k]}, not {wanted[k]}" for k in sorted(kept.keys() & wanted.keys() - free)
             if kept[k] != wanted[k]]

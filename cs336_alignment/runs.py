@@ -13,13 +13,13 @@ __all__ = ['RUN_KEYS', 'LONGEST', 'Positive', 'Count', 'Rate', 'NonNegative', 'S
            'mirror_metrics', 'stop_mirror', 'batch_indices', 'seed_everything', 'rng_state', 'set_rng_state',
            'portable', 'sync', 'log_lengths', 'is_checkpoint', 'write_checkpoint', 'tensors_in', 'fits_twice',
            'on_host', 'write_later', 'commit_checkpoint', 'finish_writing', 'save_checkpoint', 'find_checkpoint',
-           'rewind', 'read_state', 'restore_checkpoint', 'read_summary', 'read_config', 'check_config', 'move_aside',
-           'note_environment', 'only_writer', 'open_run', 'finished', 'begin_or_continue', 'say', 'finish_run',
-           'write_summary', 'tidy_finished', 'summarise_log', 'find_results', 'run_folders', 'published_families',
-           'evaluated_on', 'run_row', 'as_cell', 'from_cell', 'differing', 'write_table', 'read_table', 'rounded',
-           'published_line', 'published_rollout', 'kept_lines', 'kept_rollouts', 'write_rollouts', 'read_rollouts',
-           'Published', 'read_published', 'publishable', 'publish', 'index_line', 'write_index', 'load_run',
-           'load_runs', 'run_table', 'load_rollouts', 'command']
+           'rewind', 'read_state', 'restore_checkpoint', 'read_summary', 'read_config', 'check_config', 'used_up',
+           'move_aside', 'note_environment', 'only_writer', 'open_run', 'finished', 'begin_or_continue', 'say',
+           'finish_run', 'write_summary', 'tidy_finished', 'summarise_log', 'find_results', 'run_folders',
+           'published_families', 'evaluated_on', 'run_row', 'as_cell', 'from_cell', 'differing', 'write_table',
+           'read_table', 'rounded', 'published_line', 'published_rollout', 'kept_lines', 'kept_rollouts',
+           'write_rollouts', 'read_rollouts', 'Published', 'read_published', 'publishable', 'publish', 'index_line',
+           'write_index', 'load_run', 'load_runs', 'run_table', 'load_rollouts', 'command']
 
 # %% ../nbs/E4_runs.ipynb #578c4539
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -609,8 +609,10 @@ def on_host(state: dict) -> dict:
             return type(obj)(map(copy, obj))
         if not isinstance(obj, torch.Tensor):
             return obj
-        if type(obj) is not torch.Tensor:  # of a kind that other packages make: the 8-bit states of torchao
-            return obj.detach().to("cpu", copy=True)
+        if hasattr(obj, "__tensor_flatten__"):  # of several tensors: the 8-bit states of torchao
+            names, how = obj.__tensor_flatten__()
+            parts = {name: copy(getattr(obj, name)) for name in names}
+            return type(obj).__tensor_unflatten__(parts, how, obj.shape, obj.stride())
         key = obj.device, obj.data_ptr(), obj.dtype, obj.shape, obj.stride()
         if key not in copies:
             place = torch.empty_like(obj, device="cpu", pin_memory=obj.is_cuda)
@@ -754,6 +756,16 @@ def check_config(folder: Path, config: dict) -> None:
         raise RunConflict(f"{folder} holds a run with another configuration. Differing: {detail}. "
                           "Choose another variant name, or run anew with force (the old folder is kept)")
 
+
+def used_up(config: "dict | Config", root: Path | str | None = None) -> bool:
+    """Whether a run of this configuration could not begin or go on: its folder is finished, or of another one."""
+    config = asdict(config) if is_dataclass(config) else config
+    try:
+        check_config(folder := run_folder(config, root), config)
+    except RunConflict:
+        return True
+    return read_summary(folder) is not None
+
 # %% ../nbs/E4_runs.ipynb #2e2543a1
 def move_aside(folder: Path) -> None:
     """Move what a run folder holds to `old/<name>.<k>` beside it, k the first free number: no run any more."""
@@ -778,8 +790,10 @@ def note_environment(folder: Path) -> None:
 # %% ../nbs/E4_runs.ipynb #1c115f7c
 @contextmanager
 def only_writer(run: Run, patience: float = 5.0):
-    """Hold the folder's lock. Raises RunConflict if another has it for `patience` s; it ends with the process."""
-    lock = FileLock(run.folder / ".lock")
+    """Hold the folder's lock. Raises RunConflict if another has it for `patience` s; it ends with the process.
+
+    A checkpoint that is still being written, as nobody would wait for it, gives the lock back when it is done."""
+    lock = FileLock(run.folder / ".lock", thread_local=False)
     with guarded(run, "the run's folder"):
         run.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -789,7 +803,10 @@ def only_writer(run: Run, patience: float = 5.0):
     try:
         yield
     finally:
-        lock.release()
+        if run.writing:
+            run.writing[1].add_done_callback(lambda _: lock.release())
+        else:
+            lock.release()
 
 # %% ../nbs/E4_runs.ipynb #e255fff0
 @contextmanager

@@ -29,7 +29,7 @@ from .grpo_settings import GRPOConfig
 from .leaderboard import LeaderboardConfig, run_leaderboard
 from .models import cache_dir, policy_differs
 from .runs import (Config, make_config, policy_name, read_summary, repo_root, run_folder,
-                                  seen_by_someone, write_text)
+                                  seen_by_someone, used_up, write_text)
 from .sft_math_reasoning import SFTConfig, sft
 from .stacked import run_stacked
 from .vllm_engine import multi_process_service, shared_engine
@@ -87,19 +87,21 @@ def claimed(jobs: Sequence[Job], root: Path):
 # %% ../nbs/E12_side_by_side.ipynb #04f20a5f
 def have_policy(config: Config, work: Callable, engine, root: Path, **options) -> None:
     """Has `work` (sft, …) train the policy of a configuration, in `root`, if the cache lacks it, or has one of this
-    name that was trained otherwise; others wait."""
+    name that was trained otherwise; others wait. A run in the folder `again` that cannot give it is moved aside."""
     home = cache_dir() / "policies"
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / f".{policy_name(config).replace('/', '.')}.lock"):
         if (differs := policy_differs(policy_name(config), asdict(config))) != []:
             if differs:
                 print(f"{policy_name(config)} was trained with {'; '.join(differs)}: it is trained again", flush=True)
-            work(config, engine, root, keep=True, progress=False, checkpoint_s=60, **options)
+            anew = root.name == "again" and used_up(config, root)
+            work(config, engine, root, force=anew, keep=True, progress=False, checkpoint_s=60, **options)
 
 
 def again(config: Config, root: Path) -> Path:
-    """Where a policy that is needed is trained: `root`, or apart from it if the run is there, made elsewhere."""
-    return root / "logs" / "again" if read_summary(run_folder(config, root)) else root
+    """Where a policy that is needed is trained: `root`, or apart from it if the run is there, made elsewhere, or is one
+    of other settings."""
+    return root / "logs" / "again" if used_up(config, root) else root
 
 # %% ../nbs/E12_side_by_side.ipynb #91af7a1d
 def stacks(jobs: Sequence[Job], gpu: bool) -> list[list[Job]]:

@@ -133,6 +133,13 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path):
     assert without_rounding(stopped) == without_rounding(whole)
 
 
+@pytest.mark.parametrize("overlap, k, last", [(False, 6, 6), (True, 2, 2)], ids=["in an evaluation", "in the first rollouts"])
+def test_nothing_is_sampled_ahead_once_a_stop_is_asked_for(tmp_path, overlap, k, last):
+    engine = CallsAt(k, ctrl_c)
+    assert quiet_train(tmp_path, replace(CONFIG, overlap=overlap), engine=engine)[0] is None
+    assert k - engine.left == last
+
+
 def test_ctrl_c_in_the_last_step_finishes_the_run(tmp_path):
     summary, said = quiet_train(tmp_path, engine=CallsAt(15, ctrl_c))  # evaluations at 0, 4, 8 and steps 1 … 12
     assert summary["steps"] == 12 and "will stop after this step" in said and "stopped by hand" not in said

@@ -1,5 +1,6 @@
 """The queue of runs (E6): what its processes share, remember, wait for and survive; without any training."""
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ sys.path.insert(0, str(BENCH))
 
 import engine_throughput
 import grpo_step
-from cs336_alignment import models, run_queue as runs, side_by_side, vllm_engine
+from cs336_alignment import dpo, models, run_queue as runs, side_by_side, vllm_engine
 from cs336_alignment.grpo_settings import grpo_config
 from cs336_alignment.inference import SamplingParams
-from cs336_alignment.runs import read_summary
+from cs336_alignment.instruction_tuning import tuning_config
+from cs336_alignment.runs import finish_run, log_metrics, open_run, read_summary
 
 SEEDED = SamplingParams(seed=3, max_tokens=8)
 
@@ -99,6 +101,57 @@ def test_a_policy_is_trained_again_only_where_it_is_missing(tmp_path, monkeypatc
     other = replace(config, variant="Db2048")
     worker(tmp_path / "results", 2).have(other, work=lambda config, *args, **options: calls.append((config, options["keep"])))
     assert calls[1:] == [(other, True)]  # by the work that made it, as it was
+
+
+def keeps(monkeypatch, tmp_path, *names):
+    """In place of trainings: run folder and policy as they leave them. Returns what was trained, as (folder, settings)."""
+    trained = []
+
+    def work(config, engine, root, force=False, keep=True, **options):
+        with open_run(config, root, force, mirror=False) as run:
+            if not run.summary:
+                trained.append((str(run.folder.relative_to(tmp_path)), config.learning_rate))
+                log_metrics(run, 1, {"eval/answer_accuracy": 0.0})
+                folder = tmp_path / "policies" / run.folder.parent.name / run.folder.name
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "settings.json").write_text(json.dumps(asdict(config)))
+                finish_run(run)
+
+    monkeypatch.setenv("CS336_CACHE", str(tmp_path))
+    for module, name in names:
+        monkeypatch.setattr(module, name, work)
+    return trained
+
+
+@pytest.mark.parametrize("then, unknown", [(lambda file: shutil.rmtree(file.parent), False), (lambda file: file.unlink(), True),
+                                           (lambda file: file.write_text('{"seed"'), True)], ids=["gone", "of an older version", "torn"])
+def test_a_policy_that_was_trained_again_before_can_be_again(tmp_path, monkeypatch, capsys, then, unknown):
+    """Its run in `logs/again` is finished, with these settings or others: it is moved aside."""
+    trained, config = keeps(monkeypatch, tmp_path, (runs, "sft")), runs.sft_config("pocket", 1024, 2)
+    place = "r/logs/again/sft_experiments_pocket/n1024_seed2"
+    for rate in (1.0, 0.5, 0.5):
+        worker(tmp_path / "r", 2).have(replace(config, learning_rate=rate))
+    then(tmp_path / "policies" / "sft_experiments_pocket" / "n1024_seed2" / "settings.json")
+    worker(tmp_path / "r", 2).have(replace(config, learning_rate=0.5))
+    assert trained == [(place, 1.0), (place, 0.5), (place, 0.5)]
+    assert "was trained with learning_rate=1.0, not 0.5: it is trained again" in (said := capsys.readouterr().out)
+    assert ("n1024_seed2 was trained with settings that are not known" in said) == unknown
+    assert len(list((tmp_path / "r/logs/again/sft_experiments_pocket/old").iterdir())) == 2
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "begun"])
+def test_a_run_of_other_settings_is_left_where_it_is(tmp_path, monkeypatch, finished):
+    trained, config = keeps(monkeypatch, tmp_path, (dpo, "instruct")), tuning_config("micro", 0)
+    home, place = tmp_path / "r", "instruction_tuning_micro/default_seed0"
+    for root in (home, home / "logs" / "again"):
+        with open_run(replace(config, learning_rate=0.5), root, mirror=False) as run:
+            log_metrics(run, 1, {"eval/answer_accuracy": 0.0})
+            if finished:
+                finish_run(run)
+    before = (home / place / "config.json").read_text()
+    dpo.have_start(dpo.dpo_config("micro"), home)
+    side_by_side.have_policy(config, dpo.instruct, None, side_by_side.again(config, home))
+    assert trained == [(f"r/logs/again/{place}", config.learning_rate)] and (home / place / "config.json").read_text() == before
 
 
 def test_policies_are_evaluated_elsewhere_once_and_made_only_if_that_is_missing(tmp_path, monkeypatch):

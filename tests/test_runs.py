@@ -188,6 +188,39 @@ def test_full_disk_keeps_what_is_written(tmp_path, monkeypatch, broken, later):
     assert record(tmp_path / "full") == record(tmp_path / "whole")
 
 
+class InBytes(torch.Tensor):
+    """A tensor of two others, as torchao's 8-bit states: `to` copies nothing that is on the device already."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, device=codes.device)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, how, size, stride):
+        return cls(**parts)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+        return cls(args[0].codes, args[0].scale)
+
+
+def test_what_is_written_later_is_a_copy():
+    """Of tensors of other packages too; those that share their memory do so again."""
+    tied, state = torch.zeros(4), InBytes(torch.zeros(4, dtype=torch.uint8), torch.zeros(1))
+    copied = runs.on_host({"tied": (tied, tied.detach()), "row": [tied[None, 1:]], "in bytes": state, "step": 3})
+    for own in (tied, state.codes, state.scale):
+        own += 1
+    a, b = copied["tied"]
+    assert a.data_ptr() == b.data_ptr() and type(copied["in bytes"]) is InBytes and copied["step"] == 3
+    assert not any(t.any() for t in (a, b, copied["row"][0], copied["in bytes"].codes, copied["in bytes"].scale))
+
+
 class SlowDisk:
     """In place of `write_checkpoint`: notes in `seen` what happens, and lets 0.2 s pass before it writes."""
 
@@ -232,6 +265,23 @@ def test_what_went_wrong_with_the_last_checkpoint_is_told_at_the_end(tmp_path, m
     monkeypatch.undo()
     monkeypatch.setattr(runs, "environment", lambda: {"gpu": None})
     assert saved_run(tmp_path, 2, finish=True)["steps"] == 2
+
+
+def test_the_lock_is_held_until_the_last_checkpoint_is_written(tmp_path, monkeypatch):
+    """Also if nobody waits for it, after a Ctrl-C in the waiting: another writer would remove what is half written."""
+    disk, wait = SlowDisk(monkeypatch), runs.finish_writing
+    monkeypatch.setattr(runs, "finish_writing", lambda run: run.writing and interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        saved_run(tmp_path, 1)
+    assert "done 1" not in disk.seen
+    monkeypatch.setattr(runs, "finish_writing", wait)
+    assert saved_run(tmp_path, 2).step == 2  # it was patient
+    assert disk.seen == ["begins 1", "done 1", "begins 2", "done 2"]
+    assert runs.find_checkpoint(run_folder(CONFIG, tmp_path)).name == "step_00000002"
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
