@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ENGINE', 'Job', 'write_jobs', 'read_jobs', 'claimed', 'have_policy', 'again', 'stacks', 'run_job',
-           'work_through', 'nothing', 'places', 'process_age', 'with_their_own', 'start_process', 'watch',
+           'work_through', 'nothing', 'places', 'process_age', 'with_their_own', 'start_process', 'watch', 'job_file',
            'run_side_by_side', 'say_failures']
 
 # %% ../nbs/E12_side_by_side.ipynb #d0a1886a
@@ -28,7 +28,7 @@ from .grpo_runs import run_grpo
 from .grpo_settings import GRPOConfig
 from .leaderboard import LeaderboardConfig, run_leaderboard
 from .models import cache_dir, policy_differs
-from .runs import (Config, make_config, policy_name, read_summary, repo_root, run_folder,
+from .runs import (Config, check_config, make_config, policy_name, read_summary, repo_root, run_folder,
                                   seen_by_someone, used_up, write_text)
 from .sft_math_reasoning import SFTConfig, sft
 from .stacked import run_stacked
@@ -212,6 +212,17 @@ def watch(processes: list[subprocess.Popen], jobs: Sequence[Job], root: Path, pr
                     {"interrupt": lambda: p.send_signal(2), "terminate": p.terminate, "kill": p.kill}[what]()
         bar.update(done() - bar.n)
 
+# %% ../nbs/E12_side_by_side.ipynb #53d1e226
+def job_file(jobs: Sequence[Job], root: Path) -> Path:
+    """Writes jobs for the processes to come; those that have failed are tried again."""
+    logs = root / "logs"
+    (logs / "claims").mkdir(parents=True, exist_ok=True)
+    for failed in logs.glob("claims/*/*.failed"):
+        failed.unlink()
+    file = logs / f"{jobs[0].config.family}_{jobs[0].config.track}_{os.getpid()}.jobs"
+    write_jobs(file, jobs)
+    return file
+
 # %% ../nbs/E12_side_by_side.ipynb #ccde0bf0
 def run_side_by_side(jobs: Sequence[Job], root: Path | str | None = None, processes: int | None = None,
                      keep: bool = False, share: float = 0.05, progress: bool | None = None,
@@ -219,17 +230,15 @@ def run_side_by_side(jobs: Sequence[Job], root: Path | str | None = None, proces
     """Runs jobs, of one track, in processes with a core or GPUs each; their summaries, None for what is not finished.
 
     processes: default 4 a GPU or one a core. keep: save GRPO's policies. share: of a GPU's memory, for each engine.
-    Raises RuntimeError, with the end of its log, if a process ended with an error; the other runs are finished first.
+    Raises RunConflict, before any run starts, if a folder holds a run of another configuration; RuntimeError, with the
+    end of its log, if a process ended with an error: the other runs are finished first.
     """
     root = Path(root or repo_root() / "results" / "runs")
+    for job in jobs:
+        check_config(job.folder(root), asdict(job.config))
     todo = [job for job in jobs if not read_summary(job.folder(root))]
     if todo:
-        logs = root / "logs"
-        (logs / "claims").mkdir(parents=True, exist_ok=True)
-        for failed in logs.glob("claims/*/*.failed"):
-            failed.unlink()
-        file = logs / f"{todo[0].config.family}_{todo[0].config.track}_{os.getpid()}.jobs"
-        write_jobs(file, todo)
+        file = job_file(todo, root)
         homes = places(processes, len(todo), gpus_each)
         pass_tokens = 65_536 * max(1, torch.cuda.device_count()) // max(4, len(homes))  # a GPU's memory is shared
         options = map(str, (root, int(keep), share, pass_tokens))

@@ -253,6 +253,18 @@ def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
     assert list((tmp_path / "logs" / "claims").glob("*/broken_seed0.failed"))
 
 
+def test_a_folder_with_another_run_is_refused_before_any_starts(tmp_path, monkeypatch):
+    taken, free = job("taken"), job("free")
+    folder = taken.folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(asdict(taken.config) | {"learning_rate": 1.0}))
+    (folder / "summary.json").write_text("{}")  # finished: it would be read as the run that was asked for
+    monkeypatch.setattr(side_by_side, "start_process", lambda *args: pytest.fail("a run was started"))
+    with pytest.raises(ValueError, match="learning_rate .1.0 there"):
+        side_by_side.run_side_by_side([free, taken], tmp_path, processes=1, progress=False)
+    assert not (tmp_path / "logs").exists()
+
+
 def test_ctrl_c_lets_the_processes_finish_their_step_and_the_same_call_goes_on(tmp_path):
     code = ("import sys; from pathlib import Path; sys.path.insert(0, 'tests'); from test_queue import job; "
             "from cs336_alignment.side_by_side import run_side_by_side\n"
