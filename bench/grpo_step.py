@@ -4,7 +4,7 @@
     python bench/grpo_step.py --only pocket                     # 135M parameters, responses of 256 tokens
     python bench/grpo_step.py --trl                             # and TRL's trainer (trl_step.py), about 20 minutes in all
     python bench/grpo_step.py --only lean                       # the course shape as for a card with 24 GB; needs torchao
-    python bench/grpo_step.py --small --out /tmp/step.json      # a smoke test on any machine, under a minute
+    python bench/grpo_step.py --small --out small.json  # a smoke test on any machine, under a minute
 
 Both sides sample 256 responses (32 questions, groups of 8) and make one update (reinforce_with_baseline, masked_mean).
 The literal side has one engine, the first of ours; bfloat16 weights, as the handout loads them; padded micro-batches of 2

@@ -2,7 +2,7 @@
 
     python bench/scaling.py                                       # both shapes; about ten minutes on four GPUs
     python bench/scaling.py --only course --gpus 1,2,4,8
-    python bench/scaling.py --small --out /tmp/scaling.json       # a smoke test on any machine: CPUs, gloo, 1 and 2 processes
+    python bench/scaling.py --small --out small.json  # a smoke test on any machine: CPUs, gloo, 1 and 2 processes
 
 The settings are those of bench/grpo_step.py: 256 responses (32 questions, groups of 8) of full length, one update, 100% and 40% of
 the groups with an advantage. Each number of GPUs is a job of its own, under `accelerate launch`; per job one step warms up, the

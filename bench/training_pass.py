@@ -2,7 +2,7 @@
 
     python bench/training_pass.py                               # one GPU, both shapes, about ten minutes
     python bench/training_pass.py --only course --seconds 240   # one shape; after so many seconds no further variant starts
-    python bench/training_pass.py --small --out /tmp/pass.json  # a smoke test on any machine, under a minute
+    python bench/training_pass.py --small --out small.json  # a smoke test on any machine, under a minute
 
 Shapes: `pocket`, SmolLM2-135M, rows of 120 + 256 tokens; `course`, Qwen2.5-Math-1.5B, rows of 150 + 1,024. Weights are random,
 in float32, products in bfloat16; the learning rate is 0, so that all variants see the same weights. Of a shape it measures:

@@ -2,7 +2,7 @@
 
     python bench/grpo_step.py --trl                             # all sides, both settings
     python bench/trl_step.py --only pocket                      # TRL's rows alone, into the same file
-    python bench/trl_step.py --small --out /tmp/step.json       # a smoke test on any machine with TRL (no vLLM there)
+    python bench/trl_step.py --small --out small.json  # a smoke test on any machine with TRL (no vLLM there)
 
 TRL gets the same model, questions, group size, response lengths, rewards and optimizer, its own defaults for the rest, and
 the best that a short search finds: first micro-batch sizes (`MICRO_BATCHES`), then one option more (`OPTIONS`) at the best
