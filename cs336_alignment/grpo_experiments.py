@@ -197,7 +197,10 @@ OWN: dict[str, dict[str, dict[str, Settings]]] = {  # variants of one track only
     "micro": {"baselines": {**{f"no_baseline_lr{r:g}": dict(loss_type="no_baseline", learning_rate=r)
                                for r in (5e-5, 1e-4, 4e-4)},
                             "baseline_long": dict(n_grpo_steps=300),
-                            "no_baseline_long": dict(n_grpo_steps=300, loss_type="no_baseline")},
+                            "no_baseline_long": dict(n_grpo_steps=300, loss_type="no_baseline"),
+                            **{f"{name}_n{n}": own | dict(rollout_batch_size=n, train_batch_size=n) for n in (64, 128)
+                               for name, own in [("no_baseline", dict(loss_type="no_baseline")),
+                                                 ("no_std", dict(use_std_normalization=False))]}},
               "off-policy-sweep": GRID,
               "clip-ablation": HARDEST,
               "prompt-ablation": {"tags": dict(start="tags"),
