@@ -1,0 +1,111 @@
+"""How large are the scores of right and of wrong responses, and how noisy is the gradient that rewards or advantages make of them (14)?
+
+    python bench/score_noise.py                 # pocket: the four start policies, trained if they are not there
+    python bench/score_noise.py --track micro   # a minute on a CPU
+
+A score is the gradient of a response's mean token log-prob, over all weights; one response a backward pass, in float32, and only sums are kept.
+The noise of a batch's gradient is the standard deviation of a mean of weighted scores: the root of the summed variances over its n responses, by √n.
+Writes a row a start policy into the track's entry of results/bench/score_noise.json.
+"""
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "results/bench/score_noise.json"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--track", choices=["micro", "pocket"], default="pocket")
+    ap.add_argument("--seeds", type=int, default=4, help="start policies, and the seeds of their responses")
+    ap.add_argument("--responses", type=int, default=256, help="a step's, in groups of 8")
+    ap.add_argument("--out", type=Path, default=STORED)
+    options = ap.parse_args(argv)
+    if options.responses % 8 or min(options.responses, options.seeds) < 1:
+        ap.error("--responses: whole groups of 8; --seeds: at least 1")
+    return options
+
+
+OPTIONS = parse(sys.argv[1:]) if __name__ == "__main__" else None  # before the slow imports: --help answers at once
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from cs336_alignment.data import problem_sets
+from cs336_alignment.drgrpo_grader import grade_batch, reward_fn_of
+from cs336_alignment.grpo import sample_rollouts
+from cs336_alignment.grpo_experiments import experiment_config
+from cs336_alignment.inference import TransformersEngine
+from cs336_alignment.models import cache_dir, load_policy
+from cs336_alignment.runs import environment, write_text
+from cs336_alignment.sft_helper import get_response_log_probs, padded_batch
+from cs336_alignment.sft_math_reasoning import sft
+from cs336_alignment.side_by_side import have_policy
+
+
+def scores(policy, completions):
+    """Each response's score, as a list of the weights' gradients (float32, the same tensors each time)."""
+    for c in completions:
+        batch = {k: v.to(policy.device) for k, v in padded_batch([c.prompt_token_ids], [c.token_ids], 0).items()}
+        policy.zero_grad()
+        log_probs = get_response_log_probs(policy, batch["input_ids"], batch["labels"])["log_probs"]
+        log_probs[batch["response_mask"].bool()].mean().backward()
+        yield [p.grad for p in policy.parameters()]
+
+
+def weighted_sums(policy, completions, weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+    """‖score‖² of each response, (n,), and ‖Σ w·score‖² for each of the weights (n,)."""
+    squared, sums = [], {name: [torch.zeros_like(p) for p in policy.parameters()] for name in weights}
+    for i, score in enumerate(scores(policy, completions)):
+        squared.append(sum(g.square().sum().item() for g in score))
+        for name, w in weights.items():
+            torch._foreach_add_(sums[name], score, alpha=w[i].item())
+    return torch.tensor(squared), {name: sum(g.square().sum().item() for g in total) for name, total in sums.items()}
+
+
+def noise(w: torch.Tensor, squared: torch.Tensor, of_sum: float) -> float:
+    """The deviation of the mean of weighted scores."""
+    n = len(w)
+    return math.sqrt(((w.square() * squared).sum().item() - of_sum / n) / (n - 1) / n)
+
+
+def one_policy(policy, completions, rewards: torch.Tensor) -> dict:
+    """What `completions` of a policy say; rewards: theirs, (n,), groups of 8 next to each other."""
+    groups = rewards.view(-1, 8)
+    advantages = (groups - groups.mean(1, keepdim=True)).flatten() * 8 / 7  # the same expected gradient
+    weights = {"rewards": rewards, "rewards − the mean reward": rewards - rewards.mean(),
+               "rewards − the group's mean, × 8/7": advantages}
+    squared, of_sums = weighted_sums(policy, completions, weights)
+    right, wrong = (squared[rewards == r].mean().item() for r in (1, 0))
+    return {"responses": len(rewards), "mean_reward": rewards.mean().item(), "squared_right": right, "squared_wrong": wrong,
+            "best_baseline": ((rewards * squared).sum() / squared.sum()).item(),
+            "noise": {name: noise(w, squared, of_sums[name]) for name, w in weights.items()}}
+
+
+def measure(track: str, seed: int, responses: int) -> dict:
+    """The row of one start policy."""
+    config, start = experiment_config(track, "score_noise", {}, seed, rollout_batch_size=responses, train_batch_size=responses,
+                                      gradient_accumulation_steps=1)
+    if start:
+        have_policy(start, sft, None, cache_dir() / "score_noise", compiled=torch.cuda.is_available())
+    policy, tokenizer = load_policy(config.model, dtype="float32")
+    problems, _ = problem_sets(config.train_data, config.eval_data, config.n_eval)
+    completions, truths = sample_rollouts(config, TransformersEngine(policy, tokenizer), problems, 1)
+    graded = grade_batch(reward_fn_of(config.prompt), [c.text for c in completions], truths)
+    return {"seed": seed, "model": config.model, **one_policy(policy, completions, torch.tensor([g["reward"] for g in graded]))}
+
+
+def main() -> None:
+    rows = []
+    for seed in range(OPTIONS.seeds):
+        rows.append(measure(OPTIONS.track, seed, OPTIONS.responses))
+        print(rows[-1], flush=True)
+    kept = json.loads(OPTIONS.out.read_text()) if OPTIONS.out.exists() else {}
+    write_text(OPTIONS.out, json.dumps(kept | {OPTIONS.track: {"environment": environment(), "rows": rows}}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
