@@ -1,10 +1,10 @@
 """How large are the scores of right and of wrong responses, and how noisy is the gradient that rewards or advantages make of them (14)?
 
     python bench/score_noise.py                 # pocket: the four start policies, trained if they are not there
-    python bench/score_noise.py --track micro   # a minute on a CPU
+    python bench/score_noise.py --track micro --seeds 1   # five minutes on a CPU
 
 A score is the gradient of a response's mean token log-prob, over all weights; one response a backward pass, in float32, and only sums are kept.
-The noise of a batch's gradient is the standard deviation of a mean of weighted scores: the root of the summed variances over its n responses, by √n.
+A batch's gradient m is the mean of weighted scores. Over B batches of a step's questions: signal² = mean of m·m' over pairs of batches, noise² = mean of ‖m‖² − signal².
 Writes a row a start policy into the track's entry of results/bench/score_noise.json.
 """
 import argparse
@@ -21,11 +21,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--track", choices=["micro", "pocket"], default="pocket")
     ap.add_argument("--seeds", type=int, default=4, help="start policies, and the seeds of their responses")
-    ap.add_argument("--responses", type=int, default=256, help="a step's, in groups of 8")
+    ap.add_argument("--batches", type=int, default=16, help="of 256 responses: the first steps' of a run")
     ap.add_argument("--out", type=Path, default=STORED)
     options = ap.parse_args(argv)
-    if options.responses % 8 or min(options.responses, options.seeds) < 1:
-        ap.error("--responses: whole groups of 8; --seeds: at least 1")
+    if options.batches < 2 or options.seeds < 1:
+        ap.error("--batches: at least 2; --seeds: at least 1")
     return options
 
 
@@ -56,52 +56,61 @@ def scores(policy, completions):
         yield [p.grad for p in policy.parameters()]
 
 
-def weighted_sums(policy, completions, weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-    """‖score‖² of each response, (n,), and ‖Σ w·score‖² for each of the weights (n,)."""
-    squared, sums = [], {name: [torch.zeros_like(p) for p in policy.parameters()] for name in weights}
+def batch_gradient(policy, completions, weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, list]]:
+    """‖score‖² of each response, (n,), and for each of the weights (n,) the mean of weighted scores."""
+    squared, means = [], {name: [torch.zeros_like(p) for p in policy.parameters()] for name in weights}
     for i, score in enumerate(scores(policy, completions)):
         squared.append(sum(g.square().sum().item() for g in score))
         for name, w in weights.items():
-            torch._foreach_add_(sums[name], score, alpha=w[i].item())
-    return torch.tensor(squared), {name: sum(g.square().sum().item() for g in total) for name, total in sums.items()}
+            torch._foreach_add_(means[name], score, alpha=w[i].item() / len(w))
+    return torch.tensor(squared), means
 
 
-def noise(w: torch.Tensor, squared: torch.Tensor, of_sum: float) -> float:
-    """The deviation of the mean of weighted scores."""
-    n = len(w)
-    return math.sqrt(((w.square() * squared).sum().item() - of_sum / n) / (n - 1) / n)
-
-
-def one_policy(policy, completions, rewards: torch.Tensor) -> dict:
-    """What `completions` of a policy say; rewards: theirs, (n,), groups of 8 next to each other."""
+def weightings(rewards: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What multiplies the scores: the first and the last have the same expected gradient. rewards: (n,), groups of 8 next to each other."""
     groups = rewards.view(-1, 8)
-    advantages = (groups - groups.mean(1, keepdim=True)).flatten() * 8 / 7  # the same expected gradient
-    weights = {"rewards": rewards, "rewards − the mean reward": rewards - rewards.mean(),
-               "rewards − the group's mean, × 8/7": advantages}
-    squared, of_sums = weighted_sums(policy, completions, weights)
+    return {"rewards": rewards, "rewards − the mean reward": rewards - rewards.mean(),
+            "rewards − the group's mean, × 8/7": (groups - groups.mean(1, keepdim=True)).flatten() * 8 / 7}
+
+
+def over_batches(policy, batches) -> dict:
+    """Signal and noise of each weighting, and the sizes of scores. batches: pairs of completions and rewards (n,)."""
+    squared, rewards, sums, lengths = [], [], {}, {}
+    for completions, r in batches:
+        sizes, means = batch_gradient(policy, completions, weightings(r))
+        squared.append(sizes), rewards.append(r)
+        for name, m in means.items():
+            lengths.setdefault(name, []).append(sum(g.square().sum().item() for g in m))
+            torch._foreach_add_(sums.setdefault(name, [torch.zeros_like(g) for g in m]), m)
+    B, squared, rewards = len(rewards), torch.cat(squared), torch.cat(rewards)
+    signal2 = {name: (sum(g.square().sum().item() for g in total) - sum(lengths[name])) / (B * (B - 1)) for name, total in sums.items()}
     right, wrong = (squared[rewards == r].mean().item() for r in (1, 0))
-    return {"responses": len(rewards), "mean_reward": rewards.mean().item(), "squared_right": right, "squared_wrong": wrong,
-            "best_baseline": ((rewards * squared).sum() / squared.sum()).item(),
-            "noise": {name: noise(w, squared, of_sums[name]) for name, w in weights.items()}}
+    return {"batches": B, "responses": len(rewards), "mean_reward": rewards.mean().item(), "squared_right": right, "squared_wrong": wrong,
+            "best_baseline": ((rewards * squared).sum() / squared.sum()).item(), "signal": {n: math.copysign(abs(x) ** 0.5, x) for n, x in signal2.items()},
+            "noise": {n: (sum(lengths[n]) / B - x) ** 0.5 for n, x in signal2.items()}}
 
 
-def measure(track: str, seed: int, responses: int) -> dict:
+def measure(track: str, seed: int, batches: int) -> dict:
     """The row of one start policy."""
-    config, start = experiment_config(track, "score_noise", {}, seed, rollout_batch_size=responses, train_batch_size=responses,
-                                      gradient_accumulation_steps=1)
+    config, start = experiment_config(track, "score_noise", {}, seed)
     if start:
         have_policy(start, sft, None, cache_dir() / "score_noise", compiled=torch.cuda.is_available())
     policy, tokenizer = load_policy(config.model, dtype="float32")
+    engine = TransformersEngine(policy, tokenizer)
     problems, _ = problem_sets(config.train_data, config.eval_data, config.n_eval)
-    completions, truths = sample_rollouts(config, TransformersEngine(policy, tokenizer), problems, 1)
-    graded = grade_batch(reward_fn_of(config.prompt), [c.text for c in completions], truths)
-    return {"seed": seed, "model": config.model, **one_policy(policy, completions, torch.tensor([g["reward"] for g in graded]))}
+
+    def rollouts(step):
+        completions, truths = sample_rollouts(config, engine, problems, step)
+        graded = grade_batch(reward_fn_of(config.prompt), [c.text for c in completions], truths)
+        return completions, torch.tensor([g["reward"] for g in graded])
+
+    return {"seed": seed, "model": config.model, **over_batches(policy, map(rollouts, range(1, batches + 1)))}
 
 
 def main() -> None:
     rows = []
     for seed in range(OPTIONS.seeds):
-        rows.append(measure(OPTIONS.track, seed, OPTIONS.responses))
+        rows.append(measure(OPTIONS.track, seed, OPTIONS.batches))
         print(rows[-1], flush=True)
     kept = json.loads(OPTIONS.out.read_text()) if OPTIONS.out.exists() else {}
     write_text(OPTIONS.out, json.dumps(kept | {OPTIONS.track: {"environment": environment(), "rows": rows}}, indent=1) + "\n")
