@@ -182,25 +182,25 @@ def no_progress_bars():
             hf_logging.enable_progress_bar()
 
 # %% ../nbs/02_models.ipynb #a745df4f
-def build_micro(folder: Path) -> None:
+def build_micro(folder: Path, seed: int = MICRO["seed"]) -> None:
     """Pretrains the micro model on the CPU into `folder`, with its tokenizer and `pretraining.json` (the losses).
 
-    On one thread, so that their number does not change the sums; the same seed gives the same model on the same
-    machine.
+    seed: of the first weights; the text is the same. On one thread, so that their number does not change the sums: the
+    same seed gives the same model on the same machine, and another one on a machine that rounds otherwise.
     """
     import torch
 
     tokenizer, threads = character_tokenizer(), torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():  # the caller's random numbers stay as they are
         torch.set_num_threads(1)
-        torch.manual_seed(MICRO["seed"])
+        torch.manual_seed(seed)
         model = micro_model(len(tokenizer))
         losses = pretrain_until_enough(model, tokenizer)
     torch.set_num_threads(threads)
     with no_progress_bars():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "pretraining.json").write_text(json.dumps({**MICRO, "losses": losses}))
+    (folder / "pretraining.json").write_text(json.dumps({**MICRO, "seed": seed, "losses": losses}))
 
 # %% ../nbs/02_models.ipynb #54c60b3f
 class ModelMissing(FileNotFoundError):
@@ -241,10 +241,11 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     return target
 
 # %% ../nbs/02_models.ipynb #31ea2735
-def micro_dir() -> Path:
+def micro_dir(seed: int = MICRO["seed"]) -> Path:
     """The micro model's folder in the cache; its name holds a digest of settings and text, so a change builds anew."""
-    recipe = json.dumps([MICRO, list(micro_batches())])
-    return build_once(f"micro-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}", build_micro)
+    recipe = json.dumps([{**MICRO, "seed": seed}, list(micro_batches())])
+    name = f"micro-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    return build_once(name, lambda folder: build_micro(folder, seed))
 
 # %% ../nbs/02_models.ipynb #72989b80
 def smollm2_gguf() -> Path:
@@ -326,7 +327,7 @@ def trained_policies() -> list[str]:
 def missing_model_text(name: str, reason: str) -> str:
     """Every way to name a model, for an error message."""
     return (f"no model {name!r} ({reason}). A model is one of:\n"
-            "  - smollm2-135m or micro, which need no network;\n"
+            "  - smollm2-135m or micro, which need no network; micro-1, micro-2, …: micro from other first weights;\n"
             f"  - one that a run here has trained: {', '.join(trained_policies()) or 'none so far'};\n"
             "  - a folder with config.json, *.safetensors and the tokenizer's files;\n"
             "  - a hub name such as Qwen/Qwen2.5-Math-1.5B: needs the network once (`hf auth login` if it is gated); "
@@ -348,14 +349,14 @@ def hub_dir(name: str) -> Path:
 def model_dir(name: str | Path) -> Path:
     """The local folder of a model (config, safetensors, tokenizer), as transformers and vLLM read it.
 
-    name: "smollm2-135m" (converted once), "micro" (pretrained once), a policy that a run has trained
-    ("<family>_<track>/<variant>_seed<k>", in the cache), a folder, or a hub name "owner/name".
+    name: "smollm2-135m" (converted once), "micro" (pretrained once; "micro-K": from other first weights, of seed K), a
+    policy that a run has trained ("<family>_<track>/<variant>_seed<k>", in the cache), a folder, or a hub name.
     Raises ModelMissing, and OSError if the cache cannot be written.
     """
     if name == "smollm2-135m":
         return build_once("smollm2-135m", convert_smollm2)
-    if name == "micro":
-        return micro_dir()
+    if isinstance(name, str) and (micro := re.fullmatch(r"micro(?:-(\d{1,4}))?", name)):
+        return micro_dir(int(micro[1] or MICRO["seed"]))
     if str(name) in trained_policies():
         return check_model_dir(cache_dir() / "policies" / name)
     if Path(name).expanduser().is_dir():
