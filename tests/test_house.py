@@ -361,7 +361,7 @@ def test_tree_is_small():
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout  # nothing in a copy without git
     files = [ROOT / name for name in tracked.split("\0") if name and (ROOT / name).is_file()]
     assert len(files) <= 240
-    assert sum(file.stat().st_size for file in files) <= 17e6
+    assert sum(file.stat().st_size for file in files) <= 18e6  # most of it results
 
 
 # The checks above can fail: each kind of disorder, made on purpose.
