@@ -67,7 +67,8 @@ def batch_gradient(policy, completions, weights: dict[str, torch.Tensor]) -> tup
 
 
 def weightings(rewards: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What multiplies the scores: the first and the last have the same expected gradient. rewards: (n,), groups of 8 next to each other."""
+    """What multiplies the scores; rewards: (n,), groups of 8 next to each other. Averaged over a response's tokens, as here, a baseline
+    moves the expected gradient too (14), so each weighting's noise is compared with its own signal."""
     groups = rewards.view(-1, 8)
     return {"rewards": rewards, "rewards − the mean reward": rewards - rewards.mean(),
             "rewards − the group's mean, × 8/7": (groups - groups.mean(1, keepdim=True)).flatten() * 8 / 7}
