@@ -1,4 +1,4 @@
-"""Where a decoding step of vLLM goes, and what each of a few settings changes, timed in pairs.
+"""Where a decoding step goes, vLLM's and the static engine's (notebook E2a), and what settings of vLLM change, in pairs.
 
     python bench/decode_profile.py                                  # one GPU, about a quarter of an hour
     python bench/decode_profile.py --shape course --part profile    # the 1.5B shape alone, its profile alone
@@ -10,6 +10,7 @@
 profiler); and the least that reading weights and cache takes at this GPU's bandwidth. Each is a difference of two calls,
 over the tokens that one has more, so prompts and starts cancel. Where kernels fill the clock the GPU is the limit, otherwise
 it waits for the host. Once as vLLM comes, once without detokenisation (`late_text` of notebook E2).
+**static**: the same of the static engine, and how far its kernels are from their plain forms in float32 (`kernel_checks`).
 **pairs**: the engine as the project's runs have it against itself with one setting changed (`CANDIDATES`), in turns; the
 ratio of each turn, above 1 where the change is faster. 256 responses of full length, and natural ones (pocket shape).
 """
@@ -56,6 +57,9 @@ CANDIDATES = {  # options of VLLMEngine
     "4 engines, no detokenisation": {"replicas": 4, "gpu_memory_utilization": 0.3, "late_text": True},
     "fp8 cache": {"kv_cache_dtype": "fp8"},
 }
+
+
+PARTS_OF_IT = ("profile", "static", "pairs")
 
 
 # --- the host's parts
@@ -170,6 +174,8 @@ def profile_step(engine, prompts: list[str], tokens: int, width: float) -> dict:
 
     def host(k: int) -> dict[str, float]:
         seconds = defaultdict(float)
+        if not hasattr(engine, "backend"):  # the static engine has no parts
+            return seconds
         with timed_parts(engine.backend.llm.llm_engine, seconds):
             generate(k)
         return dict(seconds)
@@ -180,8 +186,9 @@ def profile_step(engine, prompts: list[str], tokens: int, width: float) -> dict:
     long, short = kernel_seconds(lambda: generate(1 + few)), kernel_seconds(lambda: generate(1))
     kernels = difference(by_kind(long), by_kind(short), few)
     largest = sorted(difference(long, short, few).items(), key=lambda item: -item[1])[:12]
+    rest = {"rest": parts.get("step", 0.0) - sum(v for k, v in parts.items() if k != "step")} if parts else {}
     row = {"sequences": len(prompts), "clock_ms": difference(clock(1 + tokens), clock(1), tokens)["clock"],
-           "host_ms": parts | {"rest": parts.get("step", 0.0) - sum(v for k, v in parts.items() if k != "step")},
+           "host_ms": parts | rest,
            "kernels_ms": kernels, "gpu_ms": sum(kernels.values()), "largest_kernels_ms": dict(largest)}
     mean_prompt = statistics.mean(map(len, engine.tokenizer(prompts, add_special_tokens=False).input_ids))
     read = step_bytes(engine.path, len(prompts), mean_prompt + tokens / 2)
@@ -207,10 +214,67 @@ def profile(work: dict, options: dict, tokens: int, sizes: list[int], save) -> N
                 save(about | {"rows": rows})
 
 
+def profile_static(work: dict, tokens: int, sizes: list[int], save) -> None:
+    """Rows of the static engine; seconds of a rollout batch of `tokens` a response, the engine's start and first batch."""
+    from cs336_alignment.inference import SamplingParams
+    from cs336_alignment.vllm_engine import make_engine
+    rows, width, start = [], bandwidth(), time.perf_counter()
+    about = {"bytes_per_s": width, "kernels": kernel_checks() if G.on_gpu() else {}}
+    G.free()
+    with make_engine(work["model"], kind="static", dtype="bfloat16" if G.on_gpu() else None, verbose=False) as engine:
+        engine.path, about["start_s"], about["batches_s"] = work["model"], time.perf_counter() - start, []
+        sampling = SamplingParams(n=work["group"], max_tokens=work["tokens"], stop=(), ignore_eos=True)
+        for _ in range(4):
+            start = time.perf_counter()
+            engine.generate(work["prompts"], sampling, progress=False)
+            about["batches_s"].append(time.perf_counter() - start)
+        print(f"seconds of rollouts, {work['n']} x {work['tokens']} tokens: {[round(s, 3) for s in about['batches_s']]}", flush=True)
+        for n in sizes:
+            rows.append({"late_text": None} | profile_step(engine, (work["prompts"] * n)[:n], tokens, width))
+            show(rows[-1])
+            save(about | {"rows": rows})
+
+
+def kernel_checks(n: int = 256) -> dict[str, dict[str, float]]:
+    """For both shapes: relative differences of the kernels from their plain forms in float32; and of n × 16 draws from
+    one distribution chi-squared, its degrees of freedom, and the largest difference of a log-prob."""
+    from types import SimpleNamespace as Sizes
+
+    import torch
+
+    from cs336_alignment import static_engine as S
+    torch.manual_seed(0)
+    new, off = lambda *size: torch.randn(*size, device="cuda", dtype=torch.bfloat16), lambda a, b: ((a - b).norm() / b.norm()).item()
+    found = {}
+    for shape, (heads, kv, d, hidden, inner) in {"pocket": (9, 3, 64, 576, 1536), "course": (12, 2, 128, 1536, 8960)}.items():
+        x, residual, weight, both = new(n, hidden), new(n, hidden), new(hidden), new(n, 2 * inner)
+        once, twice = residual.clone(), residual.float()
+        checks = {"add_norm": off(S.kernel_add_norm(x, once, weight, 1e-5), S.add_norm(x.float(), twice, weight.float(), 1e-5)),
+                  "residual": off(once, twice), "gate": off(S.kernel_gate(both), S.gate(both.float()))}
+        angles = torch.outer(torch.arange(2048.0), 1e4 ** (-torch.arange(d // 2) / (d // 2))).cuda()
+        w, i = Sizes(heads=heads, kv_heads=kv, head_dim=d, cos=angles.cos(), sin=angles.sin()), torch.arange(n)
+        table = torch.stack([i * 0, i, i % 50, i % 190, 300 + i * 150, i % 149, i * 0 + 150, i]).cuda()
+        keys, values, qkv = new(40_000, kv, d), new(40_000, kv, d), new(n, (heads + 2 * kv) * d)
+        k, v = keys.float(), values.float()
+        checks["attend"] = off(S.kernel_attend(qkv, table, keys, values, w), S.attend(qkv.float(), table, k, v, w))
+        checks["cache"] = max(off(keys, k), off(values, v))
+        logits, table = (2 * new(1000)).expand(16 * n, 1000).contiguous(), torch.stack([torch.arange(16 * n, device="cuda")] * 8)
+        token, logprob = S.kernel_draw(logits, table, torch.tensor([0.8, 1.0, 0.0], device="cuda"), torch.tensor([5], device="cuda"))
+        log_p = (0.8 * logits[0].float()).log_softmax(-1)
+        expected = log_p.exp() * 16 * n
+        often, counts = expected > 5, torch.bincount(token, minlength=1000)
+        checks |= {"logprob": (logprob - log_p[token]).abs().max().item(), "chi-squared's degrees": int(often.sum()) - 1,
+                   "chi-squared": ((counts - expected)[often] ** 2 / expected[often]).sum().item()}
+        found[shape] = checks
+        print(shape, {name: f"{value:.2g}" for name, value in checks.items()}, flush=True)
+    return found
+
+
 def show(row: dict) -> None:
     """Prints a row of the profile."""
     line = lambda part: "  ".join(f"{k} {v:.3f}" for k, v in part.items())
-    print(f"{row['sequences']} sequences, {'late' if row['late_text'] else 'with'} text: {row['clock_ms']:.2f} ms a step, GPU "
+    kind = {None: "static", True: "late text", False: "with text"}[row["late_text"]]
+    print(f"{row['sequences']} sequences, {kind}: {row['clock_ms']:.2f} ms a step, GPU "
           f"{row['gpu_ms']:.2f} ms ({row['gpu_busy']:.0%}), at least {row['least_ms']:.2f} ms\n  host: {line(row['host_ms'])}\n"
           f"  GPU: {line(row['kernels_ms'])}", flush=True)
 
@@ -295,22 +359,24 @@ def run_here(part: str, shape: str, small: bool, tokens: int, turns: int, model:
         options = engine_options(work, small)
         if part == "profile":
             profile(work, options, tokens, sizes, save)
+        elif part == "static":
+            profile_static(work, tokens, sizes, save)
         else:
             candidates = {k: CANDIDATES[k] for k in ("no detokenisation", "2 engines")} if small else CANDIDATES
             pairs(work, options, tokens, max(sizes), turns, save, natural=shape == "pocket", candidates=candidates)
 
 
-def main(out: Path = STORED, small: bool = False, part: str = typer.Option("", help="profile or pairs; default both"),
+def main(out: Path = STORED, small: bool = False, part: str = typer.Option("", help="profile, static or pairs; default all"),
          shape: str = typer.Option("", help="pocket or course; default both"), tokens: int = 256, turns: int = 3,
          model: str = typer.Option("", help="another policy of the pocket shape, by name or path"),
          here: bool = typer.Option(False, help="in this process", hidden=True)) -> None:
     """Profiles and compares, each part in a process of its own; a part that fails leaves the others, and exits with 1."""
-    for value, choices in ((part, ("profile", "pairs")), (shape, ("pocket", "course"))):
+    for value, choices in ((part, PARTS_OF_IT), (shape, ("pocket", "course"))):
         if value not in ("", *choices):
             G.refuse(f"{value!r} is none of {', '.join(choices)}")
     from cs336_alignment.cli import bench_refusal
     from cs336_alignment.vllm_engine import vllm_problem
-    if problem := bench_refusal(small, out, STORED, G.on_gpu()) or vllm_problem():
+    if problem := bench_refusal(small, out, STORED, G.on_gpu()) or (part != "static" and vllm_problem()):
         G.refuse(problem)
     if model and shape != "pocket":
         G.refuse("--model is for --shape pocket: the other shape has random weights")
@@ -321,7 +387,7 @@ def main(out: Path = STORED, small: bool = False, part: str = typer.Option("", h
     from cs336_alignment.vllm_engine import multi_process_service
     failed = []
     for s in (shape,) if shape else ("pocket", "course"):
-        for p in (part,) if part else ("profile", "pairs"):
+        for p in (part,) if part else PARTS_OF_IT:
             command = [sys.executable, __file__, "--here", "--shape", s, "--part", p, "--out", out, "--tokens", tokens,
                        "--turns", turns, "--model", model]
             with multi_process_service() if p == "pairs" else nullcontext():  # as the project's runs have it
@@ -335,7 +401,8 @@ def store(out: Path, shape: str, part: str, found: dict) -> None:
     """Puts what was found into the file; the rest of it stays."""
     import torch
     result = json.loads(out.read_text()) if out.exists() else {}
-    result |= {"gpu": torch.cuda.get_device_name() if G.on_gpu() else "CPU", "vllm": G.vllm_number(), "torch": torch.__version__}
+    result |= {"gpu": torch.cuda.get_device_name() if G.on_gpu() else "CPU", "vllm": G.vllm_number() or result.get("vllm"),
+               "torch": torch.__version__}
     result.setdefault(shape, {})[part] = found
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")

@@ -7,10 +7,10 @@
     python bench/grpo_step.py --small --out small.json  # a smoke test on any machine, under a minute
 
 Both sides sample 256 responses (32 questions, groups of 8) and make one update (reinforce_with_baseline, masked_mean).
-The literal side has one engine, the first of ours; bfloat16 weights, as the handout loads them; padded micro-batches of 2
-with float32 logits at every position, for all 256 responses: nothing is scaled. Our side: the fastest number of engines up
-to `--replicas` (course: two), float32 weights, packed rows, compiled layers on a GPU, responses without an advantage
-dropped. The same on both sides: rewards are random (a grader would be fed noise here), so that the share of responses with
+The literal side has one vLLM engine; bfloat16 weights, as the handout loads them; padded micro-batches of 2
+with float32 logits at every position, for all 256 responses: nothing is scaled. Our side: the static engine (notebook E2a),
+float32 weights, packed rows, compiled layers on a GPU, responses without an advantage dropped. `--replicas N` also times
+rollouts with 1 to N vLLM engines. The same on both sides: rewards are random (a grader would be fed noise here), so that the share of responses with
 a non-zero advantage is known, all or 40%; and responses have the full length (ignore_eos). The fastest of a few steps
 counts, after one to warm up; all are kept (`step_s_all`). Peak memory: the trainer's (torch's max_memory_allocated) and the
 whole GPU's (nvidia-smi, with the engines' reserved caches). `response_tokens_per_s`: sampled tokens over the step's seconds.
@@ -264,21 +264,21 @@ def rollout_seconds(engine, prompts, sampling, repeats: int) -> dict[int, float]
 
 # --- the two settings
 
-def compare(work: dict, replicas: int, options: dict, steps: int, save, try_teams: bool) -> None:
-    """The literal loop, with one of the engines; then ours, with 100% and 40% of the responses having an advantage.
+def compare(work: dict, replicas: int, options: dict, steps: int, save) -> None:
+    """The literal loop, with a vLLM engine; then ours, with 100% and 40% of the responses having an advantage.
 
-    `save` takes the result after each. `try_teams`: with the best number of engines."""
+    `save` takes the result after each. replicas: if above 1, rollouts with so many vLLM engines are timed as well."""
     import traceback
 
     import torch
 
     from cs336_alignment.inference import SamplingParams
     from cs336_alignment.packing import compile_policy
-    from cs336_alignment.vllm_engine import vllm_problem
+    from cs336_alignment.vllm_engine import make_engine, vllm_problem
     half, build = torch.bfloat16 if on_gpu() else torch.float32, work["build"]
     config, problems, pass_tokens = work["config"], work["problems"], work["pass_tokens"]
     result = {"rollouts": config.rollout_batch_size, "group_size": config.group_size, "response_tokens": config.max_tokens,
-              "rollout_s_by_engines": {}, "pass_tokens": pass_tokens, "engine_options": options, "vllm": vllm_number(),
+              "pass_tokens": pass_tokens, "engine_options": options, "vllm": vllm_number(),
               "matrix_tflops": matrix_rate() / 1e12, "variants": []}
 
     def attempt(name: str, make, n: int, share: float) -> None:  # after an error the others still run
@@ -302,9 +302,11 @@ def compare(work: dict, replicas: int, options: dict, steps: int, save, try_team
         with one_at_work(e):
             attempt("literal: one engine, padded pairs",
                     lambda: literal_steps(config, build(half), work["tokenizer"], e, problems), max(1, steps - 1), 1.0)
-        if try_teams and not vllm_problem():
+        if replicas > 1 and not vllm_problem():
             sampling = SamplingParams(n=config.group_size, max_tokens=config.max_tokens, stop=(), ignore_eos=True, logprobs=None)
             result["rollout_s_by_engines"] = rollout_seconds(e, work["prompts"], sampling, steps - 1)
+    free()
+    with make_engine(work["model"], kind="static", dtype=half, verbose=False) as e:
         for share in (1.0, 0.4):
             attempt(f"ours, {share:.0%} with an advantage", lambda: ours(e, share), steps, share)
 
@@ -347,7 +349,7 @@ def pocket_work(small: bool, folder: str) -> dict:
     from cs336_alignment.data import load_problems
     from cs336_alignment.models import load_policy, model_dir
     model, data, prompt = ("micro", "micro", "micro") if small else ("smollm2-135m", "gsm_symbolic", "r1_zero")
-    n, group, tokens, pass_tokens = (16, 4, 12, 500) if small else (256, 8, 256, 32_768)
+    n, group, tokens, pass_tokens = (16, 4, 12, 500) if small else (256, 8, 256, 65_536)
     return {"model": str(model_dir(model)), "build": lambda dtype: load_policy(model, dtype=dtype)[0],
             "tokenizer": load_policy(model)[1], "problems": load_problems(data, "train", n=n // group), "prompt": prompt,
             "n": n, "group": group, "tokens": tokens, "pass_tokens": pass_tokens, "context": None if small else 2048}
@@ -362,7 +364,7 @@ def course_work(small: bool, folder: str) -> dict:
 
     from cs336_alignment.data import Problem
     shape, rng = TINY if small else QWEN_1_5B, random.Random(0)
-    n, group, length, tokens, pass_tokens = (16, 4, 10, 16, 500) if small else (256, 8, 150, 1024, 4 * 1173)
+    n, group, length, tokens, pass_tokens = (16, 4, 10, 16, 500) if small else (256, 8, 150, 1024, 10 * 1173)
     problems = [Problem(" ".join(f"t{i}" for i in rng.choices(range(3, 90), k=length)), "0") for _ in range(n // group)]
 
     def build(dtype):
@@ -380,16 +382,16 @@ def pocket(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
     """SmolLM2-135M on GSM-Symbolic questions, responses of 256 tokens (--small: the micro model on sums, 12 tokens)."""
     from cs336_alignment.side_by_side import ENGINE
     with workload("pocket", small) as work:
-        compare(work, replicas, {"gpu_memory_utilization": 0.2} | ENGINE | vllm, steps, save, try_teams=True)
+        compare(work, replicas, {"gpu_memory_utilization": 0.2} | ENGINE | vllm, steps, save)
 
 
 def course(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
     """The shape of Qwen2.5-Math-1.5B with random weights: prompts of 150 random tokens, responses of 1,024."""
     from cs336_alignment.side_by_side import ENGINE
     with workload("course", small) as work:
-        # of an H200's 151 GB 29 for two engines: either alone has room for all 256 sequences, or the literal loop's would queue
+        # 29 GB of an H200's 151: room for all 256 sequences, or the literal loop's would queue
         options = {"gpu_memory_utilization": 0.19, "max_model_len": work["context"]} | ENGINE | vllm
-        compare(work, min(replicas, 2), options, min(steps, 2), save, try_teams=False)
+        compare(work, replicas, options, min(steps, 2), save)
 
 
 LEAN_GB = 11.0  # what the lean setting lets its engine take: weights, working memory, keys and values of about 100 responses
@@ -437,7 +439,8 @@ def save_random_weights(build, vocab_size: int, folder: str):
     return tokenizer
 
 
-def main(out: Path = STORED, small: bool = False, steps: int = 3, replicas: int = 4,
+def main(out: Path = STORED, small: bool = False, steps: int = 3,
+         replicas: int = typer.Option(1, help="time rollouts with 1 to so many vLLM engines too"),
          only: str = typer.Option("", help="pocket, course or lean; default the first two"),
          trl: bool = typer.Option(False, "--trl", help="TRL's trainer too, after the others (trl_step.py)"),
          vllm: Annotated[dict, typer.Option(parser=json.loads, help="more options for vLLM, as JSON")] = "{}",
@@ -491,7 +494,7 @@ def measure_all(out: Path, small: bool, steps: int, replicas: int, only: str, vl
     for name in chosen:
         setting = globals()[name]
         start = time.perf_counter()
-        kept = {"trl": trl} if (trl := result.pop(name, {}).get("trl")) else {}  # TRL's rows, measured apart
+        kept = {k: v for k, v in result.pop(name, {}).items() if k in ("trl", "rollout_s_by_engines")}  # measured apart
         print(f"\n{name}: {setting.__doc__}", flush=True)
 
         def save(measured: dict) -> None:

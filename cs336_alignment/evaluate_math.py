@@ -261,7 +261,7 @@ Data = Annotated[str | None, typer.Option(help="gsm_symbolic | gsm8k | math | mi
 N = Annotated[int | None, typer.Option(help="number of problems, 0 for all (default: all with a GPU, 32 without)")]
 Prompt = Annotated[str | None, typer.Option(help="r1_zero | r1_zero_three_shot | question_only, or a file")]
 Model = Annotated[str | None, typer.Option(help="a model's name on the hub or its folder (default: the track's)")]
-Kind = Annotated[str, typer.Option(help="auto | vllm | transformers")]
+Kind = Annotated[str, typer.Option(help="auto | vllm | static | transformers")]
 MaxTokens = Annotated[int | None, typer.Option(
     help="longest response in tokens (default: the track's, 256 without a GPU)")]
 Out = Annotated[Path, typer.Option(help="a file for the responses, one JSON line each")]
@@ -281,8 +281,8 @@ def plan_runs(track: str, data: list, prompts: list, seeds: list[int], model: st
     """(configuration, whether its run is finished) for each data set, prompt and seed; None: the track's.
 
     Raises ValueError or OSError, saying what to do, for a mistake in the call; nothing is loaded or made."""
-    if engine not in ("auto", "vllm", "transformers"):
-        raise ValueError(f"--engine is auto, vllm or transformers, not {engine!r}")
+    if engine not in vllm_engine.KINDS:
+        raise ValueError(f"--engine is one of {', '.join(vllm_engine.KINDS)}, not {engine!r}")
     if "" in (model, *data, *prompts):
         raise ValueError("an empty --model, --data or --prompt names nothing: leave it out for the track's")
     if root:
@@ -293,7 +293,7 @@ def plan_runs(track: str, data: list, prompts: list, seeds: list[int], model: st
     templates = [load_prompt(name or preset.prompt) for name in prompts]
     problems = {name: load_problems(name or preset.test, n=n or None) for name in data}
     models.model_dir(model or preset.model)
-    if engine == "vllm" and (problem := vllm_engine.vllm_problem()):
+    if problem := vllm_engine.engine_problem(engine, model or preset.model):
         raise ValueError(problem)
     asked = [fill_prompt(t, p.question) for t in templates for found in problems.values() for p in found]
     inference.check_room(model or preset.model, asked)

@@ -6,10 +6,10 @@
 __all__ = ['inference', 'leaderboard', 'models', 'side_by_side', 'vllm_engine', 'vllm_server', 'cuda', 'app', 'Option', 'Count',
            'Settings', 'GRID', 'FOCUS', 'NO_CLIP', 'EXPERIMENTS', 'FULL', 'SEEDS', 'GRPO_RATES', 'STARTS', 'START',
            'GSM8K', 'HARDEST', 'SWEPT', 'OWN', 'LAYOUT', 'ABOUT', 'grpo_command_config', 'check_problems',
-           'check_experiment', 'main', 'run_command', 'learning_curve', 'before_and_after', 'off_policy', 'broad',
-           'variants', 'grpo_start_config', 'experiment_config', 'experiment_runs', 'unpublished', 'show_runs',
-           'run_grpo_experiment', 'run_experiment', 'report', 'crossed_configs', 'add_command', 'race',
-           'leaderboard_command']
+           'check_experiment', 'engine_options', 'main', 'run_command', 'learning_curve', 'before_and_after',
+           'off_policy', 'broad', 'variants', 'grpo_start_config', 'experiment_config', 'experiment_runs',
+           'unpublished', 'show_runs', 'run_grpo_experiment', 'run_experiment', 'report', 'crossed_configs',
+           'add_command', 'race', 'leaderboard_command']
 
 # %% ../nbs/13_grpo_experiments.ipynb #a4f9d6f6
 __package__ = __package__ or "cs336_alignment"  # so that running this file as a script can use relative imports
@@ -47,9 +47,9 @@ def grpo_command_config(track: str, given: dict[str, Any], data: str | None, nam
     return grpo_config(track, **({"variant": name} | NAMED.get(named, {}) | changes))
 
 # %% ../nbs/13_grpo_experiments.ipynb #8937e556
-def check_problems(config: GRPOConfig, servers: Sequence[str] = ()) -> None:
-    """Raises ValueError or OSError for data, prompt, model that are not there, long prompts, vLLM `servers` that cannot
-    be used, `overlap` without vLLM."""
+def check_problems(config: GRPOConfig, servers: Sequence[str] = (), engine: str = "auto") -> None:
+    """Raises ValueError or OSError for data, prompt, model that are not there, long prompts, vLLM `servers` or a kind of
+    engine that cannot be used, `overlap` without an engine of its own."""
     sets = problem_sets(config.train_data, config.eval_data, config.n_eval)
     if (questions := config.rollout_batch_size // config.group_size) > len(sets[0]):
         raise ValueError(f"{questions:,} questions a step (rollout_batch_size / group_size), but {config.train_data} "
@@ -57,8 +57,10 @@ def check_problems(config: GRPOConfig, servers: Sequence[str] = ()) -> None:
     template, _ = load_prompt(config.prompt), models.model_dir(config.model)
     inference.check_room(config.model, [fill_prompt(template, p.question) for problems in sets for p in problems])
     if servers:
-        vllm_server.check_servers(servers, config.model)
-    elif config.overlap and (problem := vllm_engine.vllm_problem()):
+        return vllm_server.check_servers(servers, config.model)
+    if problem := vllm_engine.engine_problem(engine, config.model):
+        raise ValueError(f"--engine {engine}: {problem}")
+    if config.overlap and engine != "static" and (problem := vllm_engine.vllm_problem()):
         raise ValueError(f"overlap needs an engine with weights of its own. {problem}")
 
 
@@ -74,6 +76,20 @@ def check_experiment(runs: Sequence[tuple[GRPOConfig, SFTConfig | None]], root: 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Option, Count = lambda text: typer.Option(help=text), lambda text: typer.Option(min=1, help=text)
 
+# %% ../nbs/13_grpo_experiments.ipynb #2790499f
+def engine_options(context: typer.Context, engine: str, server: Sequence[str], replicas: int,
+                   gpu_memory_utilization: float) -> tuple[dict[str, Any], list[str]]:
+    """Options of `use_engine` (E7), and the addresses of servers. ValueError for options that do not go together."""
+    mine = {name: context.get_parameter_source(name).name == "COMMANDLINE"
+            for name in ("replicas", "gpu_memory_utilization", "engine")}
+    if (server and any(mine.values())) or (engine == "static" and (mine["replicas"] or mine["gpu_memory_utilization"])):
+        raise ValueError("--replicas and --gpu-memory-utilization are for vLLM on this machine: leave them out with "
+                         "--engine static; and leave --engine out too with --server")
+    servers = [server_address(url) for url in server]
+    here = {"servers": servers} if servers else {"kind": engine}
+    vllm_only = dict(replicas=replicas, gpu_memory_utilization=gpu_memory_utilization)
+    return here | ({} if servers or engine == "static" else vllm_only), servers
+
 # %% ../nbs/13_grpo_experiments.ipynb #a1a3c6de
 @app.callback(invoke_without_command=True)
 def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS))] = "pocket", seed: Seed = None,
@@ -85,7 +101,8 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
          gpu_memory_utilization: GpuShare = 0.35, pass_tokens: Annotated[int, typer.Option(min=1)] = 16_384,
          compiled: bool = False, lean: Annotated[bool, Option("for a card with 24 GB; needs torchao")] = False,
          force: bool = False, shard: Annotated[bool, Option("layers over all processes (FSDP2)")] = False,
-         server: Annotated[list[str], Option("http://HOST:PORT of a vLLM that samples (repeat for several)")] = []):
+         server: Annotated[list[str], Option("http://HOST:PORT of a vLLM that samples (repeat for several)")] = [],
+         engine: Annotated[str, Option("auto | vllm | static | transformers (notebooks E2, E2a)")] = "auto"):
     """One GRPO run (CS336 assignment 5, §7), or with a command an experiment of §8.
 
     A killed run goes on from its last checkpoint; Ctrl-C stops it after the step. Several GPUs: notebook E9."""
@@ -94,14 +111,11 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
     with told(), joined():  # mistakes show before anything is loaded
         given = dict(seed=seed, model=model, n_grpo_steps=steps, learning_rate=lr, variant=variant)
         config = grpo_command_config(track, given, data, named, settings)
-        here = dict(replicas=replicas, gpu_memory_utilization=gpu_memory_utilization)
-        if server and any(context.get_parameter_source(name).name == "COMMANDLINE" for name in here):
-            raise ValueError("--replicas and --gpu-memory-utilization are vLLM's here: a --server has its own")
-        servers = [server_address(url) for url in server]
+        here, servers = engine_options(context, engine, server, replicas, gpu_memory_utilization)
         check_folder(config, root)
-        check_problems(config, servers)
+        check_problems(config, servers, engine)
         run_command(config, root, force, pass_tokens=pass_tokens, compiled=compiled, lean=lean, shard=shard,
-                    **({"servers": servers} if servers else here))
+                    **here)
 
 # %% ../nbs/13_grpo_experiments.ipynb #b9bdd206
 def run_command(config: GRPOConfig, root: Path | None, force: bool, **options) -> None:

@@ -183,23 +183,27 @@ def stops_saved(s: State, step: int):
 # %% ../nbs/E7_loop_in_earnest.ipynb #3937955a
 @contextmanager
 def use_engine(config: GRPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-               engine: Engine | None, servers: Sequence[str] = (), **options):
-    """The caller's engine; or one made for this run and closed after: vLLM servers (E9a) at the addresses `servers`,
-    vLLM here if it can run, else the live policy.
+               engine: Engine | None, servers: Sequence[str] = (), kind: str = "auto", **options):
+    """The caller's engine; or one made for this run and closed after: vLLM servers (E9a) at the addresses `servers`;
+    a static engine (E2a), if that is the `kind`; vLLM here if it can run; else the live policy.
 
     vLLM shares the GPU with the trainer, hence gpu_memory_utilization 0.35 (the handout's 0.85 is for its own GPU)."""
-    live = engine is None and not servers and vllm_problem() is not None
+    live = engine is None and not servers and kind != "static" and (
+        kind == "transformers" or vllm_problem() is not None)
     if config.overlap and (live or getattr(engine, "model", None) is policy):
-        raise ValueError("overlap needs an engine with weights of its own: vLLM (the live policy cannot both train and "
-                         "sample)")
+        raise ValueError("overlap needs an engine with weights of its own: vLLM or static (the live policy cannot both "
+                         "train and sample)")
     if live and is_sharded(policy):
-        raise ValueError("shard needs an engine with weights of its own: vLLM (a sharded policy cannot sample)")
+        raise ValueError("shard needs an engine with weights of its own: vLLM or static (a sharded policy cannot sample)")
     if engine is not None:
         yield engine
         return
-    options = {"gpu_memory_utilization": 0.35} | options
+    if kind == "static":
+        options = {name: value for name, value in options.items() if name != "enable_sleep"}  # it always can
+    elif not live:
+        options = {"gpu_memory_utilization": 0.35} | options
     with (ServerEngine(config.model, servers, tokenizer) if servers else
-          make_engine(policy if live else config.model, tokenizer=tokenizer, **options)) as engine:
+          make_engine(policy if live else config.model, kind, tokenizer=tokenizer, **options)) as engine:
         yield engine
 
 # %% ../nbs/E7_loop_in_earnest.ipynb #aaaf1744

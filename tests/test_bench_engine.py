@@ -91,7 +91,7 @@ def profile(*args):
                           timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
 
-@pytest.mark.parametrize("args, words", [([], "no GPU here"), (["--small"], "no GPU here"), (["--part", "pear"], "none of profile, pairs"),
+@pytest.mark.parametrize("args, words", [([], "no GPU here"), (["--small"], "no GPU here"), (["--part", "pear"], "none of profile, static, pairs"),
                                          (["--small", "--out", "o.json", "--model", "micro"], "--model is for --shape pocket")])
 def test_the_profile_refuses_in_a_line_and_writes_nothing(args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
