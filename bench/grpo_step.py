@@ -10,7 +10,7 @@ Both sides sample 256 responses (32 questions, groups of 8) and make one update 
 The literal side has one vLLM engine; bfloat16 weights, as the handout loads them; padded micro-batches of 2
 with float32 logits at every position, for all 256 responses: nothing is scaled. Our side: the static engine (notebook E2a),
 float32 weights, packed rows, compiled layers on a GPU, responses without an advantage dropped. `--replicas N` also times
-rollouts with 1 to N vLLM engines. The same on both sides: rewards are random (a grader would be fed noise here), so that the share of responses with
+rollouts with 1 to N vLLM engines, and our side with the fastest number (`with_vllm`). The same on both sides: rewards are random (a grader would be fed noise here), so that the share of responses with
 a non-zero advantage is known, all or 40%; and responses have the full length (ignore_eos). The fastest of a few steps
 counts, after one to warm up; all are kept (`step_s_all`). Peak memory: the trainer's (torch's max_memory_allocated) and the
 whole GPU's (nvidia-smi, with the engines' reserved caches). `response_tokens_per_s`: sampled tokens over the step's seconds.
@@ -267,7 +267,7 @@ def rollout_seconds(engine, prompts, sampling, repeats: int) -> dict[int, float]
 def compare(work: dict, replicas: int, options: dict, steps: int, save) -> None:
     """The literal loop, with a vLLM engine; then ours, with 100% and 40% of the responses having an advantage.
 
-    `save` takes the result after each. replicas: if above 1, rollouts with so many vLLM engines are timed as well."""
+    `save` takes the result after each. replicas: if above 1, rollouts with so many vLLM engines, and our side with them."""
     import traceback
 
     import torch
@@ -281,13 +281,13 @@ def compare(work: dict, replicas: int, options: dict, steps: int, save) -> None:
               "pass_tokens": pass_tokens, "engine_options": options, "vllm": vllm_number(),
               "matrix_tflops": matrix_rate() / 1e12, "variants": []}
 
-    def attempt(name: str, make, n: int, share: float) -> None:  # after an error the others still run
+    def attempt(name: str, make, n: int, share: float, rows=result["variants"]) -> None:  # after an error the others run
         try:
             row = measure(name, make(), n, work, share)
         except Exception as error:
             traceback.print_exc()
             row = {"variant": name, "error": f"{type(error).__name__}: {error}"[:2000]}
-        result["variants"].append(row)
+        rows.append(row)
         save(result | {"speedups": speedups(result["variants"])})
         free()
 
@@ -304,7 +304,10 @@ def compare(work: dict, replicas: int, options: dict, steps: int, save) -> None:
                     lambda: literal_steps(config, build(half), work["tokenizer"], e, problems), max(1, steps - 1), 1.0)
         if replicas > 1 and not vllm_problem():
             sampling = SamplingParams(n=config.group_size, max_tokens=config.max_tokens, stop=(), ignore_eos=True, logprobs=None)
-            result["rollout_s_by_engines"] = rollout_seconds(e, work["prompts"], sampling, steps - 1)
+            result["with_vllm"] = {"rollout_s_by_engines": rollout_seconds(e, work["prompts"], sampling, steps - 1), "variants": []}
+            for share in (1.0, 0.4):
+                attempt(f"ours with vLLM, {share:.0%} with an advantage", lambda: ours(e, share), steps, share,
+                        result["with_vllm"]["variants"])
     free()
     with make_engine(work["model"], kind="static", dtype=half, verbose=False) as e:
         for share in (1.0, 0.4):
@@ -482,9 +485,12 @@ def measure_all(out: Path, small: bool, steps: int, replicas: int, only: str, vl
     import platform
     import time
     import traceback
+    from datetime import date
 
     import torch
     import transformers
+
+    from cs336_alignment.runs import environment
     gpu = torch.cuda.get_device_name() if on_gpu() else f"{platform.machine()} CPU"
     result = json.loads(out.read_text()) if out.exists() else {}  # with --only, the other setting is kept
     result |= {"gpu": gpu, "torch": torch.__version__, "transformers": transformers.__version__, "small": small,
@@ -493,12 +499,12 @@ def measure_all(out: Path, small: bool, steps: int, replicas: int, only: str, vl
     chosen = [only] if only else ["pocket", "course"]
     for name in chosen:
         setting = globals()[name]
-        start = time.perf_counter()
-        kept = {k: v for k, v in result.pop(name, {}).items() if k in ("trl", "rollout_s_by_engines")}  # measured apart
+        start, when = time.perf_counter(), {"date": f"{date.today()}", "commit": environment()["commit"]}
+        kept = {k: v for k, v in result.pop(name, {}).items() if k in ("trl", "with_vllm")}  # measured apart
         print(f"\n{name}: {setting.__doc__}", flush=True)
 
         def save(measured: dict) -> None:
-            result[name] = kept | measured | {"wall_s": time.perf_counter() - start}
+            result[name] = kept | measured | {"wall_s": time.perf_counter() - start} | when
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(result, indent=1) + "\n")
         try:

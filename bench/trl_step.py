@@ -343,7 +343,7 @@ def measure(name: str, small: bool, steps: int, seconds: float, save) -> int:
     """TRL's rows of a setting and the check of the losses; `save` takes what is stored under "trl". 1 if no row ran."""
     import torch
     import transformers
-    trl, deadline = import_trl(), time.monotonic() + seconds
+    trl = import_trl()
     with G.workload(name, small) as work:
         n = work["n"]
         sizes = (4, 8) if small else MICRO_BATCHES[name]
@@ -354,6 +354,7 @@ def measure(name: str, small: bool, steps: int, seconds: float, save) -> int:
         about["same_loss"] = same_loss(work, work["build"])
         G.free()
         save(about | {"rows": []})
+        deadline = time.monotonic() + seconds
         with one_engine():
             row = lambda label, size, extra: trl_row(label, work, size, extra, steps)
             return int(search(sizes, options, row, deadline, lambda found: save(about | found))["best"] is None)

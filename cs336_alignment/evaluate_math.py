@@ -281,8 +281,8 @@ def plan_runs(track: str, data: list, prompts: list, seeds: list[int], model: st
     """(configuration, whether its run is finished) for each data set, prompt and seed; None: the track's.
 
     Raises ValueError or OSError, saying what to do, for a mistake in the call; nothing is loaded or made."""
-    if engine not in vllm_engine.KINDS:
-        raise ValueError(f"--engine is one of {', '.join(vllm_engine.KINDS)}, not {engine!r}")
+    if engine not in vllm_engine.ENGINE_KINDS:
+        raise ValueError(f"--engine is one of {', '.join(vllm_engine.ENGINE_KINDS)}, not {engine!r}")
     if "" in (model, *data, *prompts):
         raise ValueError("an empty --model, --data or --prompt names nothing: leave it out for the track's")
     if root:

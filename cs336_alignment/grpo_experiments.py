@@ -48,8 +48,8 @@ def grpo_command_config(track: str, given: dict[str, Any], data: str | None, nam
 
 # %% ../nbs/13_grpo_experiments.ipynb #8937e556
 def check_problems(config: GRPOConfig, servers: Sequence[str] = (), engine: str = "auto") -> None:
-    """Raises ValueError or OSError for data, prompt, model that are not there, long prompts, vLLM `servers` or a kind of
-    engine that cannot be used, `overlap` without an engine of its own."""
+    """Raises ValueError or OSError for data, prompt, model that are not there, long prompts, vLLM `servers` or a kind
+    of engine that cannot be used, `overlap` without an engine of its own."""
     sets = problem_sets(config.train_data, config.eval_data, config.n_eval)
     if (questions := config.rollout_batch_size // config.group_size) > len(sets[0]):
         raise ValueError(f"{questions:,} questions a step (rollout_batch_size / group_size), but {config.train_data} "

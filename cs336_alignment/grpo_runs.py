@@ -194,7 +194,8 @@ def use_engine(config: GRPOConfig, policy: PreTrainedModel, tokenizer: PreTraine
         raise ValueError("overlap needs an engine with weights of its own: vLLM or static (the live policy cannot both "
                          "train and sample)")
     if live and is_sharded(policy):
-        raise ValueError("shard needs an engine with weights of its own: vLLM or static (a sharded policy cannot sample)")
+        raise ValueError("shard needs an engine with weights of its own: vLLM or static (a sharded policy cannot "
+                         "sample)")
     if engine is not None:
         yield engine
         return

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TOKEN', 'SEED', 'PROMPT', 'BEFORE', 'ROOM', 'COUNT', 'LIMIT', 'REQUEST', 'ROWS', 'LOOK', 'kernel', 'plan_wave',
            'Block', 'fuse', 'block_of', 'Weights', 'static_problem', 'static_weights', 'add_norm', 'gate', 'rotate',
-           'attend', 'draw', 'Forms', 'run_layers', 'Memory', 'make_memory', 'prefill', 'in_batches', 'decode_step',
-           'capture', 'Wave', 'MayEnd', 'has_ended', 'follow', 'on_device', 'look', 'batch_size', 'StaticEngine',
-           'room_for', 'split_waves', 'run_step', 'begin_wave', 'run_wave', 'shrink', 'with_logprobs',
-           'add_norm_kernel', 'gate_kernel', 'rotate_halves', 'attend_block', 'attend_kernel', 'exponential',
-           'draw_block', 'draw_kernel', 'kernel_add_norm', 'kernel_gate', 'kernel_attend', 'kernel_draw',
+           'attend', 'draw_token', 'Forms', 'run_layers', 'Memory', 'make_memory', 'prefill', 'in_batches',
+           'decode_step', 'capture', 'Wave', 'MayEnd', 'has_ended', 'follow', 'on_device', 'look', 'batch_size',
+           'StaticEngine', 'room_for', 'split_waves', 'replay_step', 'begin_wave', 'run_wave', 'shrink',
+           'with_logprobs', 'add_norm_kernel', 'gate_kernel', 'rotate_halves', 'attend_block', 'attend_kernel',
+           'exponential', 'draw_block', 'draw_kernel', 'kernel_add_norm', 'kernel_gate', 'kernel_attend', 'kernel_draw',
            'kernel_forms']
 
 # %% ../nbs/E2a_static_engine.ipynb #da12f671
@@ -170,7 +170,7 @@ def attend(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, w: Weights)
     return torch.stack(out)
 
 # %% ../nbs/E2a_static_engine.ipynb #475c750d
-def draw(logits: Tensor, table: Tensor, settings: Tensor, eos: Tensor) -> tuple[Tensor, Tensor]:
+def draw_token(logits: Tensor, table: Tensor, settings: Tensor, eos: Tensor) -> tuple[Tensor, Tensor]:
     """A token a row of the logits (n, V), and its log-prob (`Completion.logprobs`): (n,) both.
 
     settings: 1 / temperature; 1, or 0 for the most likely token; min_tokens, before which `eos` cannot come."""
@@ -190,7 +190,7 @@ class Forms(NamedTuple):
     add_norm: Callable = add_norm
     gate: Callable = gate
     attend: Callable = attend
-    draw: Callable = draw
+    draw: Callable = draw_token
 
 # %% ../nbs/E2a_static_engine.ipynb #dbc8bb97
 def run_layers(w: Weights, forms: Forms, ids: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -218,7 +218,7 @@ class Memory:
     over: Tensor  # (8, 1): what a sequence turns into when it has ended
     eos: Tensor  # ids that end a response
     ends: Tensor  # the same, or -1 where they are ignored
-    settings: Tensor  # (3,): see `draw`
+    settings: Tensor  # (3,): see `draw_token`
 
 
 def make_memory(w: Weights, places: int, rows: int, eos: set[int]) -> Memory:
@@ -374,8 +374,8 @@ class StaticEngine(Engine):
     """Sampling in static batches of at most `max_rows` responses. `model`: a name or path for `load_policy`.
 
     It has weights of its own, in `dtype` (default: the checkpoint's). `cache_gb`: the most that keys and values may
-    take (default: half of the GPU's free memory); more requests than fit go in waves. On CUDA the kernels run in graphs,
-    elsewhere their plain forms, which are slow. ValueError for a model that it does not know, or top_p < 1."""
+    take (default: half of the GPU's free memory); more requests than fit go in waves. On CUDA the kernels run in
+    graphs, elsewhere their plain forms, which are slow. ValueError for a model that it does not know, or top_p < 1."""
 
     def __init__(self, model: str | Path, tokenizer: Tokenizer | None = None, *, device: str | None = None,
                  dtype: str | torch.dtype | None = None, max_rows: int = ROWS[-1], cache_gb: float | None = None):
@@ -385,9 +385,8 @@ class StaticEngine(Engine):
         self.context, self.max_rows, self.cache_gb = self.model.config.max_position_embeddings, max_rows, cache_gb
         self.eos_ids, self.decode = eos_and_decode(self.model, self.tokenizer)
         self.on_gpu = self.model.device.type == "cuda"
-        self.forms, self.memory, self.graphs = kernel_forms() if self.on_gpu else Forms(), None, {}
-        self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
-        self.may_end = cache(partial(MayEnd, self.decode))
+        self.forms, self.may_end = kernel_forms() if self.on_gpu else Forms(), cache(partial(MayEnd, self.decode))
+        self.sleep()
 
     def _run(self, requests, sampling, tick):
         if sampling.top_p < 1:
@@ -401,6 +400,7 @@ class StaticEngine(Engine):
     def sleep(self):
         self.graphs, self.memory = {}, None
         free_memory()
+        self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None  # the old one ends with its last graph
 
     def close(self):
         self.closed, self.model, self.weights = True, None, None
@@ -434,7 +434,7 @@ def split_waves(requests: Sequence[Request], rows: int, places: int) -> list[lis
     return waves if requests else []
 
 # %% ../nbs/E2a_static_engine.ipynb #a2348d48
-def run_step(e: StaticEngine, rows: int) -> None:
+def replay_step(e: StaticEngine, rows: int) -> None:
     """`decode_step`; on a GPU as a graph, captured at its first use."""
     step = partial(decode_step, e.weights, e.forms, e.memory, rows)
     if not e.on_gpu:
@@ -472,7 +472,7 @@ def run_wave(e: StaticEngine, requests: Sequence[Request], sampling: SamplingPar
         read, looked = look(m, index, rooms[index], looked, done), done
         done = min(done + LOOK, max(requests[i].limit for i in numbers))
         for _ in range(looked, done):
-            run_step(e, rows)
+            replay_step(e, rows)
         if looked == 0:  # nothing to see yet
             continue
         going = follow(wave, numbers, read(), looked)
@@ -601,7 +601,7 @@ def draw_block(logits, j, u, vocab, cold, noisy, eos, early, top, total, best, c
 # %% ../nbs/E2a_static_engine.ipynb #55374f99
 @kernel
 def draw_kernel(logits, seed, count, settings, eos, tokens, logprobs, vocab, EOS: tl.constexpr, BLOCK: tl.constexpr):
-    """A row of `draw`."""
+    """A row of `draw_token`."""
     row, lane, cold, noisy = tl.program_id(0), tl.arange(0, BLOCK), tl.load(settings), tl.load(settings + 1)
     key, t = tl.load(seed + row), tl.load(count + row).to(tl.int32)
     own, early = logits + row.to(tl.int64) * vocab, t.to(tl.float32) < tl.load(settings + 2)
@@ -654,5 +654,6 @@ def kernel_draw(logits: Tensor, table: Tensor, settings: Tensor, eos: Tensor, bl
 def kernel_forms() -> Forms:
     """The four functions as kernels. RuntimeError without Triton."""
     if triton is None:
-        raise RuntimeError("the static engine's kernels need Triton, which comes with PyTorch for CUDA: pip install triton")
+        raise RuntimeError("the static engine's kernels need Triton, which comes with PyTorch for CUDA: "
+                           "pip install triton")
     return Forms(kernel_add_norm, kernel_gate, kernel_attend, kernel_draw)
