@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['inference', 'leaderboard', 'models', 'side_by_side', 'vllm_engine', 'vllm_server', 'cuda', 'app', 'Option', 'Count',
-           'Settings', 'GRID', 'FOCUS', 'NO_CLIP', 'EXPERIMENTS', 'FULL', 'SEEDS', 'GRPO_RATES', 'STARTS', 'START',
-           'GSM8K', 'HARDEST', 'SWEPT', 'OWN', 'LAYOUT', 'ABOUT', 'grpo_command_config', 'check_problems',
+           'EngineKind', 'Settings', 'GRID', 'FOCUS', 'NO_CLIP', 'EXPERIMENTS', 'FULL', 'SEEDS', 'GRPO_RATES', 'STARTS',
+           'START', 'GSM8K', 'HARDEST', 'SWEPT', 'OWN', 'LAYOUT', 'ABOUT', 'grpo_command_config', 'check_problems',
            'check_experiment', 'engine_options', 'main', 'run_command', 'learning_curve', 'before_and_after',
            'off_policy', 'broad', 'variants', 'grpo_start_config', 'experiment_config', 'experiment_runs',
            'unpublished', 'show_runs', 'run_grpo_experiment', 'run_experiment', 'report', 'crossed_configs',
@@ -64,17 +64,19 @@ def check_problems(config: GRPOConfig, servers: Sequence[str] = (), engine: str 
         raise ValueError(f"overlap needs an engine with weights of its own. {problem}")
 
 
-def check_experiment(runs: Sequence[tuple[GRPOConfig, SFTConfig | None]], root: Path | None, look: bool = True) -> None:
-    """Raises ValueError or OSError for runs that could not begin. look: also at data, prompts and models."""
+def check_experiment(runs: Sequence[tuple[GRPOConfig, SFTConfig | None]], root: Path | None, look: bool = True,
+                     engine: str = "auto") -> None:
+    """Raises ValueError or OSError for runs that could not begin. look: also at data, prompts, models, engines."""
     for config, _ in runs:
         check_folder(config, root)
     different = dict.fromkeys(replace(c, variant="any", seed=0, model=(start or c).model) for c, start in runs)
     for config in different if look else ():
-        check_problems(config)
+        check_problems(config, engine=engine)
 
 # %% ../nbs/13_grpo_experiments.ipynb #99cc6409
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Option, Count = lambda text: typer.Option(help=text), lambda text: typer.Option(min=1, help=text)
+EngineKind = Annotated[str, Option("auto | vllm | static | transformers (notebooks E2, E2a)")]
 
 # %% ../nbs/13_grpo_experiments.ipynb #2790499f
 def engine_options(context: typer.Context, engine: str, server: Sequence[str], replicas: int,
@@ -102,7 +104,7 @@ def main(context: typer.Context, track: Annotated[str, Option(" | ".join(PRESETS
          compiled: bool = False, lean: Annotated[bool, Option("for a card with 24 GB; needs torchao")] = False,
          force: bool = False, shard: Annotated[bool, Option("layers over all processes (FSDP2)")] = False,
          server: Annotated[list[str], Option("http://HOST:PORT of a vLLM that samples (repeat for several)")] = [],
-         engine: Annotated[str, Option("auto | vllm | static | transformers (notebooks E2, E2a)")] = "auto"):
+         engine: EngineKind = "auto"):
     """One GRPO run (CS336 assignment 5, §7), or with a command an experiment of §8.
 
     A killed run goes on from its last checkpoint; Ctrl-C stops it after the step. Several GPUs: notebook E9."""
@@ -301,16 +303,17 @@ LAYOUT = {"micro": (4, 0.05), "pocket": (4, 0.05), "course": (1, 0.35)}  # runs 
 
 
 def run_experiment(command: str, runs: Sequence[tuple[GRPOConfig, SFTConfig | None]], root: Path | None = None,
-                   processes: int | None = None, share: float | None = None) -> list[dict | None]:
+                   processes: int | None = None, share: float | None = None,
+                   engine: str = "auto") -> list[dict | None]:
     """Runs of a command side by side, then each prompt's policies with the other's prompt; prints the results."""
     a_gpu, own_share = LAYOUT[runs[0][0].track]
     processes, share = processes or a_gpu * cuda.device_count() or None, share or own_share
     jobs = [side_by_side.Job(config, start) for config, start in runs]
     crossed = command == "prompt-ablation"
-    results = side_by_side.run_side_by_side(jobs, root, processes, keep=crossed, share=share)
+    results = side_by_side.run_side_by_side(jobs, root, processes, keep=crossed, share=share, kind=engine)
     if crossed and None not in results:
         more = [side_by_side.Job(c) for c in crossed_configs([config for config, _ in runs])]
-        results += side_by_side.run_side_by_side(more, root, processes, share=share)
+        results += side_by_side.run_side_by_side(more, root, processes, share=share, kind=engine)
     report(results)
     return results
 
@@ -349,17 +352,18 @@ def add_command(name: str) -> None:
                 model: Annotated[str | None, Option("start from this model instead")] = None, root: Root = None,
                 processes: Annotated[int | None, Count("side by side (default: 4 a GPU, course 1; 1 a core)")] = None,
                 share: Annotated[float | None, typer.Option(min=0.01, max=1, help="each engine's of its GPU's memory")]
-                = None, missing: Annotated[bool, Option("leave out runs that are published")] = False,
+                = None, engine: EngineKind = "auto",
+                missing: Annotated[bool, Option("leave out runs that are published")] = False,
                 dry_run: Annotated[bool, Option("only print the runs")] = False):
         with told():
             changes = parse_changes(settings, "track", "seed", "variant", model=model, n_grpo_steps=steps)
             runs = experiment_runs(name, track, seeds, only, changes)
             runs = unpublished(runs) if missing else runs
-            check_experiment(runs, root, look=not dry_run)
+            check_experiment(runs, root, not dry_run, engine)
         if dry_run or not runs:
             return show_runs(runs, root) if runs else print("nothing is missing: all these runs are published")
         with told(ValueError, OSError, RuntimeError):
-            run_experiment(name, runs, root, processes, share)
+            run_experiment(name, runs, root, processes, share, engine)
             if not root and not changes:
                 print("published:", publish(f"grpo_experiments_{track}"))
 

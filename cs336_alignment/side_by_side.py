@@ -142,7 +142,8 @@ ENGINE = {"max_num_seqs": 512,  # in larger batches vLLM leaves CUDA graphs
           "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, *range(32, 513, 32)]}}  # few: a fast start
 
 
-def work_through(file: Path, number: int, root: Path, keep: bool, share: float, pass_tokens: int) -> int:
+def work_through(file: Path, number: int, root: Path, keep: bool, share: float, pass_tokens: int,
+                 kind: str = "auto") -> int:
     """One process: goes through the jobs of `file`, beginning at its own place. Returns how many could not be run."""
     gpu, jobs = torch.cuda.is_available(), read_jobs(file)
     todo = stacks(jobs, gpu)
@@ -153,7 +154,7 @@ def work_through(file: Path, number: int, root: Path, keep: bool, share: float, 
         todo = todo[:1]  # a run against the clock has a process and an engine of its own
     if stacked_only:  # growing caches of keys and values would take all of it
         torch.cuda.set_per_process_memory_fraction(share)
-    with nothing() if stacked_only or clocked else shared_engine(model, 1, share, **ENGINE) as engine:
+    with nothing() if stacked_only or clocked else shared_engine(model, 1, share, kind, **ENGINE) as engine:
         for group in todo:
             with claimed(group, root) as mine:
                 if mine and not run_job(mine, engine, root, gpu, keep, pass_tokens):
@@ -226,10 +227,11 @@ def job_file(jobs: Sequence[Job], root: Path) -> Path:
 # %% ../nbs/E12_side_by_side.ipynb #ccde0bf0
 def run_side_by_side(jobs: Sequence[Job], root: Path | str | None = None, processes: int | None = None,
                      keep: bool = False, share: float = 0.05, progress: bool | None = None,
-                     gpus_each: int = 1) -> list[dict | None]:
+                     gpus_each: int = 1, kind: str = "auto") -> list[dict | None]:
     """Runs jobs, of one track, in processes with a core or GPUs each; their summaries, None for what is not finished.
 
-    processes: default 4 a GPU or one a core. keep: save GRPO's policies. share: of a GPU's memory, for each engine.
+    processes: default 4 a GPU or one a core. keep: save GRPO's policies. share: of a GPU's memory, for each engine;
+    kind: of the engines (`shared_engine`).
     Raises RunConflict, before any run starts, if a folder holds a run of another configuration; RuntimeError, with the
     end of its log, if a process ended with an error: the other runs are finished first.
     """
@@ -241,7 +243,7 @@ def run_side_by_side(jobs: Sequence[Job], root: Path | str | None = None, proces
         file = job_file(todo, root)
         homes = places(processes, len(todo), gpus_each)
         pass_tokens = 65_536 * max(1, torch.cuda.device_count()) // max(4, len(homes))  # a GPU's memory is shared
-        options = map(str, (root, int(keep), share, pass_tokens))
+        options = map(str, (root, int(keep), share, pass_tokens, kind))
         command = [sys.executable, "-m", "cs336_alignment.side_by_side", str(file), *options]
         with multi_process_service():
             running = [start_process([*command, str(k)], file.with_suffix(f".{k}.log"), home)
@@ -261,5 +263,5 @@ def say_failures(processes: list[subprocess.Popen], file: Path) -> None:
 
 # %% ../nbs/E12_side_by_side.ipynb #c90460c6
 if __name__ == "__main__" and "__file__" in globals():
-    file, root, keep, share, pass_tokens, number = sys.argv[1:]
-    sys.exit(work_through(Path(file), int(number), Path(root), keep == "1", float(share), int(pass_tokens)))
+    file, root, keep, share, pass_tokens, kind, number = sys.argv[1:]
+    sys.exit(work_through(Path(file), int(number), Path(root), keep == "1", float(share), int(pass_tokens), kind))

@@ -629,11 +629,17 @@ def make_engine(model: str | Path | PreTrainedModel, kind: str = "auto", *, toke
 
 # %% ../nbs/E2_vllm.ipynb #6399f627
 @contextlib.contextmanager
-def shared_engine(model: str, replicas: int = 1, gpu_memory_utilization: float = 0.4, **options):
-    """A vLLM engine for all runs of a command; None where vLLM cannot run: then each run samples from its own policy.
+def shared_engine(model: str, replicas: int = 1, gpu_memory_utilization: float = 0.4, kind: str = "auto", **options):
+    """An engine for all runs of a command: a static one (E2a), if that is the `kind`, whose keys and values get that
+    part of the GPU's memory; or vLLM's. None where vLLM cannot run: then each run samples from its own policy.
 
     options: further arguments of `VLLMEngine`."""
-    if vllm_problem():
+    if kind == "static":
+        gpu_bytes = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+        with make_engine(model, kind, cache_gb=gpu_memory_utilization * gpu_bytes / 1e9, verbose=False) as engine:
+            yield engine
+        return
+    if kind == "transformers" or vllm_problem():
         yield None
         return
     with VLLMEngine(model, replicas=replicas, gpu_memory_utilization=gpu_memory_utilization, **options) as engine:

@@ -18,7 +18,7 @@ from cs336_alignment.grpo_runs import use_engine
 from cs336_alignment.grpo_settings import grpo_config
 from cs336_alignment.inference import Request, SamplingParams, TransformersEngine
 from cs336_alignment.models import load_policy
-from cs336_alignment.vllm_engine import engine_problem, make_engine
+from cs336_alignment.vllm_engine import engine_problem, make_engine, shared_engine
 
 PROMPTS = [fill_prompt(load_prompt("micro"), p.question) for p in micro_problems(5, split="heldout")]
 GREEDY = SamplingParams(temperature=0, max_tokens=60)
@@ -144,6 +144,17 @@ def test_a_run_samples_with_it_and_overlaps():
         assert isinstance(engine, S.StaticEngine)
     with pytest.raises(ValueError, match="vLLM or static"), use_engine(config, policy, tokenizer, None, kind="transformers"):
         pass
+
+
+def test_runs_side_by_side_share_one(tmp_path, monkeypatch):
+    from cs336_alignment import side_by_side
+    with shared_engine("micro", kind="static") as engine:
+        assert isinstance(engine, S.StaticEngine)
+    config, seen = grpo_config("micro", n_grpo_steps=1, n_eval=8, rollout_batch_size=8, train_batch_size=8), []
+    monkeypatch.setattr(side_by_side, "shared_engine", lambda *args, **options: seen.append(args[3]) or side_by_side.nothing())
+    file = tmp_path / "jobs"
+    side_by_side.write_jobs(file, [side_by_side.Job(config)])
+    assert side_by_side.work_through(file, 0, tmp_path, False, 0.1, 1000, "static") == 0 and seen == ["static"]
 
 
 IN_THE_INTERPRETER = """
