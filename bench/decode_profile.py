@@ -40,11 +40,11 @@ PARTS = {  # of llm.llm_engine: where, and the method
     "step": ("", "step"),
 }
 KERNELS = {  # the first that fits a kernel's name
-    "attention": r"flash|attn|attention|reshape_and_cache|fmha",
+    "attention": r"flash|attn|attention|attend|reshape_and_cache|fmha",
     "matrix products": r"gemm|nvjet|cutlass|gemv|splitk|cublas",
     "copies": r"memcpy|memset|copy",
-    "sampler": r"softmax|topk|sort|exponential|distribution|argmax|gumbel|sampl|multinomial|logprob|gather|rank|scatter",
-    "norms, rotary, activations": r"norm|rotary|silu|act_and_mul|triton|mul|add",
+    "sampler": r"draw_kernel|softmax|topk|sort|exponential|distribution|argmax|gumbel|sampl|multinomial|logprob|gather|rank|scatter",
+    "norms, rotary, activations": r"norm|rotary|silu|gate_kernel|act_and_mul|triton|mul|add",
 }
 CANDIDATES = {  # options of VLLMEngine
     "no detokenisation": {"late_text": True},
@@ -182,10 +182,9 @@ def profile_step(engine, prompts: list[str], tokens: int, width: float) -> dict:
 
     generate(2)
     parts = difference(host(1 + tokens), host(1), tokens)
-    few = max(1, tokens // 8)  # the profiler is slow
-    long, short = kernel_seconds(lambda: generate(1 + few)), kernel_seconds(lambda: generate(1))
-    kernels = difference(by_kind(long), by_kind(short), few)
-    largest = sorted(difference(long, short, few).items(), key=lambda item: -item[1])[:12]
+    long, short = kernel_seconds(lambda: generate(1 + tokens)), kernel_seconds(lambda: generate(1))
+    kernels = difference(by_kind(long), by_kind(short), tokens)
+    largest = sorted(difference(long, short, tokens).items(), key=lambda item: -item[1])[:12]
     rest = {"rest": parts.get("step", 0.0) - sum(v for k, v in parts.items() if k != "step")} if parts else {}
     row = {"sequences": len(prompts), "clock_ms": difference(clock(1 + tokens), clock(1), tokens)["clock"],
            "host_ms": parts | rest,

@@ -426,16 +426,16 @@ def lean(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
 
 
 def save_random_weights(build, vocab_size: int, folder: str):
-    """A policy with random weights, for the engine; and its tokenizer, which knows as many tokens: t0, t1, …"""
+    """A policy with random weights, for the engine; and its tokenizer, which knows as many tokens: three special ones, t3, t4, …"""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
     build(torch.bfloat16).save_pretrained(folder)
-    core = Tokenizer(WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0"))
+    special = dict(unk_token="<unk>", eos_token="<eos>", pad_token="<pad>")  # t1 would be cut out of t12
+    core = Tokenizer(WordLevel(dict(zip([*special.values(), *(f"t{i}" for i in range(3, vocab_size))], range(vocab_size))), "<unk>"))
     core.pre_tokenizer = WhitespaceSplit()
-    special = dict(unk_token="t0", eos_token="t1", pad_token="t2")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
     tokenizer.save_pretrained(folder)
     free()

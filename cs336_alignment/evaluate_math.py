@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pd', 'stats', 'torch', 'inference', 'models', 'runs', 'vllm_engine', 'NUMBER', 'RATES', 'SAMPLING', 'app', 'Data',
-           'N', 'Prompt', 'Model', 'Kind', 'MaxTokens', 'Out', 'wilson', 'last_number_matches', 'summarise',
-           'plan_lines', 'finished_lines', 'evaluate_vllm', 'check_lengths', 'graded_chunk', 'keep_lines', 'preset_of',
+           'N', 'Prompt', 'Model', 'MaxTokens', 'Out', 'wilson', 'last_number_matches', 'summarise', 'plan_lines',
+           'finished_lines', 'evaluate_vllm', 'check_lengths', 'graded_chunk', 'keep_lines', 'preset_of',
            'zero_shot_config', 'check_numbers', 'zero_shot', 'evaluate_config', 'first_of_each', 'sweep',
            'print_metrics', 'sizes', 'plan_runs', 'is_finished', 'check_copy', 'main', 'print_response', 'grid',
            'zero_shot_table', 'table_row']
@@ -24,7 +24,8 @@ from typing import Annotated
 import typer
 from tqdm.auto import tqdm
 
-from .cli import Force, Replicas, Root, Seeds, TrackName, later, only_after_the_command, told
+from .cli import (ENGINE_KINDS, EngineKind, Force, Replicas, Root, Seeds, TrackName, later,
+                                 only_after_the_command, told)
 from .data import DataError, fill_prompt, load_problems, load_prompt, read_jsonl
 from .drgrpo_grader import grade_batch, reward_fn_of
 
@@ -261,7 +262,6 @@ Data = Annotated[str | None, typer.Option(help="gsm_symbolic | gsm8k | math | mi
 N = Annotated[int | None, typer.Option(help="number of problems, 0 for all (default: all with a GPU, 32 without)")]
 Prompt = Annotated[str | None, typer.Option(help="r1_zero | r1_zero_three_shot | question_only, or a file")]
 Model = Annotated[str | None, typer.Option(help="a model's name on the hub or its folder (default: the track's)")]
-Kind = Annotated[str, typer.Option(help="auto | vllm | static | transformers")]
 MaxTokens = Annotated[int | None, typer.Option(
     help="longest response in tokens (default: the track's, 256 without a GPU)")]
 Out = Annotated[Path, typer.Option(help="a file for the responses, one JSON line each")]
@@ -281,8 +281,8 @@ def plan_runs(track: str, data: list, prompts: list, seeds: list[int], model: st
     """(configuration, whether its run is finished) for each data set, prompt and seed; None: the track's.
 
     Raises ValueError or OSError, saying what to do, for a mistake in the call; nothing is loaded or made."""
-    if engine not in vllm_engine.ENGINE_KINDS:
-        raise ValueError(f"--engine is one of {', '.join(vllm_engine.ENGINE_KINDS)}, not {engine!r}")
+    if engine not in ENGINE_KINDS:
+        raise ValueError(f"--engine is one of {', '.join(ENGINE_KINDS)}, not {engine!r}")
     if "" in (model, *data, *prompts):
         raise ValueError("an empty --model, --data or --prompt names nothing: leave it out for the track's")
     if root:
@@ -293,7 +293,7 @@ def plan_runs(track: str, data: list, prompts: list, seeds: list[int], model: st
     templates = [load_prompt(name or preset.prompt) for name in prompts]
     problems = {name: load_problems(name or preset.test, n=n or None) for name in data}
     models.model_dir(model or preset.model)
-    if problem := vllm_engine.engine_problem(engine, model or preset.model):
+    if engine != "auto" and (problem := vllm_engine.engine_problem(engine, model or preset.model)):
         raise ValueError(problem)
     asked = [fill_prompt(t, p.question) for t in templates for found in problems.values() for p in found]
     inference.check_room(model or preset.model, asked)
@@ -323,7 +323,8 @@ def check_copy(out: Path) -> None:
 # %% ../nbs/05_zero_shot.ipynb #b37f34c9
 @app.callback(invoke_without_command=True)
 def main(ctx: typer.Context, track: TrackName = "pocket", data: Data = None, n: N = None, prompt: Prompt = None,
-         seed: int = 0, model: Model = None, max_tokens: MaxTokens = None, engine: Kind = "auto", force: Force = False,
+         seed: int = 0, model: Model = None, max_tokens: MaxTokens = None, engine: EngineKind = "auto",
+         force: Force = False,
          out: Out = Path("results/base/zero_shot_math_evaluation.jsonl"), root: Root = None):
     """Evaluate one prompt with one seed and print the rates; a killed run continues."""
     if ctx.invoked_subcommand:
@@ -354,13 +355,16 @@ def print_response(path: Path, metrics: dict, trained: bool) -> None:
 @app.command()
 def grid(track: TrackName = "pocket", data: list[str] = ["gsm8k", "gsm_symbolic"], n: N = None, model: Model = None,
          prompt: list[str] = ["r1_zero", "r1_zero_three_shot", "question_only"], seed: Seeds = [0, 1, 2, 3],
-         max_tokens: MaxTokens = None, engine: Kind = "auto", replicas: Replicas = 1, force: Force = False,
+         max_tokens: MaxTokens = None, engine: EngineKind = "auto", replicas: Replicas = 1, force: Force = False,
          root: Root = None):
     """Evaluate every combination of --data, --prompt and --seed (repeat an option for several)."""
     with told():
         planned = plan_runs(track, data, prompt, seed, model, n, max_tokens, engine, root, force)
+        if engine == "static" and replicas > 1:
+            raise ValueError("--replicas is vLLM's: a static engine is one")
     configs, finished = zip(*planned)
-    start_engine = lambda: vllm_engine.make_engine(configs[0]["model"], kind=engine, replicas=replicas)
+    options = {} if engine == "static" else {"replicas": replicas}
+    start_engine = lambda: vllm_engine.make_engine(configs[0]["model"], kind=engine, **options)
     with nullcontext() if all(finished) else start_engine() as e, told(runs.RunConflict, runs.DiskFull):
         sweep(e, configs, root, force, sys.stderr.isatty())
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['inference', 'leaderboard', 'models', 'side_by_side', 'vllm_engine', 'vllm_server', 'cuda', 'app', 'Option', 'Count',
-           'EngineKind', 'Settings', 'GRID', 'FOCUS', 'NO_CLIP', 'EXPERIMENTS', 'FULL', 'SEEDS', 'GRPO_RATES', 'STARTS',
-           'START', 'GSM8K', 'HARDEST', 'SWEPT', 'OWN', 'LAYOUT', 'ABOUT', 'grpo_command_config', 'check_problems',
+           'Settings', 'GRID', 'FOCUS', 'NO_CLIP', 'EXPERIMENTS', 'FULL', 'SEEDS', 'GRPO_RATES', 'STARTS', 'START',
+           'GSM8K', 'HARDEST', 'SWEPT', 'OWN', 'LAYOUT', 'ABOUT', 'grpo_command_config', 'check_problems',
            'check_experiment', 'engine_options', 'main', 'run_command', 'learning_curve', 'before_and_after',
            'off_policy', 'broad', 'variants', 'grpo_start_config', 'experiment_config', 'experiment_runs',
            'unpublished', 'show_runs', 'run_grpo_experiment', 'run_experiment', 'report', 'crossed_configs',
@@ -22,8 +22,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli import (Changes, GpuShare, Replicas, Root, Seed, TrackName, later, only_after_the_command,
-                                 parse_changes, server_address, stop, told)
+from .cli import (Changes, EngineKind, GpuShare, Replicas, Root, Seed, TrackName, later,
+                                 only_after_the_command, parse_changes, server_address, stop, told)
 from .data import fill_prompt, load_prompt, problem_sets, read_jsonl
 from .distributed import joined
 from .grpo_settings import NAMED, PRESETS, GRPOConfig, grpo_config
@@ -58,7 +58,7 @@ def check_problems(config: GRPOConfig, servers: Sequence[str] = (), engine: str 
     inference.check_room(config.model, [fill_prompt(template, p.question) for problems in sets for p in problems])
     if servers:
         return vllm_server.check_servers(servers, config.model)
-    if problem := vllm_engine.engine_problem(engine, config.model):
+    if engine != "auto" and (problem := vllm_engine.engine_problem(engine, config.model)):
         raise ValueError(f"--engine {engine}: {problem}")
     if config.overlap and engine != "static" and (problem := vllm_engine.vllm_problem()):
         raise ValueError(f"overlap needs an engine with weights of its own. {problem}")
@@ -76,7 +76,6 @@ def check_experiment(runs: Sequence[tuple[GRPOConfig, SFTConfig | None]], root: 
 # %% ../nbs/13_grpo_experiments.ipynb #99cc6409
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Option, Count = lambda text: typer.Option(help=text), lambda text: typer.Option(min=1, help=text)
-EngineKind = Annotated[str, Option("auto | vllm | static | transformers (notebooks E2, E2a)")]
 
 # %% ../nbs/13_grpo_experiments.ipynb #2790499f
 def engine_options(context: typer.Context, engine: str, server: Sequence[str], replicas: int,

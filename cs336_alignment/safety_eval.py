@@ -32,10 +32,10 @@ from typing import Annotated
 import typer
 from tqdm.auto import tqdm
 
-from .cli import DryRun, Force, Root, TrackName, later, told
+from .cli import ENGINE_KINDS, DryRun, EngineKind, Force, Root, TrackName, later, told
 from .data import (DataError, DataMissing, _field, _read_text, data_folders, prompt_path, read_gsm8k,
                                   read_jsonl, read_records)
-from .evaluate_math import (Kind, Model, check_numbers, finished_lines, is_finished, keep_lines,
+from .evaluate_math import (Model, check_numbers, finished_lines, is_finished, keep_lines,
                                            plan_lines, preset_of, wilson)
 
 inference, models, runs = (later(f"cs336_alignment.{name}") for name in ("inference", "models", "runs"))
@@ -712,8 +712,8 @@ def check_call(benchmarks, prompts, models_asked, track, data, n, seed, max_toke
     """Raises ValueError or OSError, saying what to do, for a mistake in a call; nothing is loaded or made.
 
     loaded: the models that must be here (default: all that are asked); a finished run is read without its model."""
-    if engine not in ("auto", "vllm", "transformers"):
-        raise ValueError(f"--engine is auto, vllm or transformers, not {engine!r}")
+    if engine not in ENGINE_KINDS:
+        raise ValueError(f"--engine is one of {', '.join(ENGINE_KINDS)}, not {engine!r}")
     if "" in (data, *models_asked):
         raise ValueError("an empty model or --data names nothing: leave it out for the track's")
     for name in (*benchmarks, ):
@@ -728,6 +728,8 @@ def check_call(benchmarks, prompts, models_asked, track, data, n, seed, max_toke
         load_examples(name, data, n or None, seed)
     for model in models_asked if loaded is None else loaded:
         models.model_dir(model or preset.model)
+        if engine != "auto" and (problem := vllm_engine.engine_problem(engine, model or preset.model)):
+            raise ValueError(f"--engine {engine}: {problem}")
 
 # %% ../nbs/20_safety_eval.ipynb #81cb263d
 def say_plan(jobs: list[EvalJob], root: Path | None) -> None:
@@ -760,7 +762,7 @@ def check_jobs(jobs: list[EvalJob], root: Path | None, force: bool) -> None:
 @app.command("run")
 def run_command(benchmark: Bench, track: TrackName = "pocket", prompt: PromptName = "zero_shot", model: Model = None,
                 data: DataPlace = None, max_examples: MaxExamples = None, seed: RunSeed = 0,
-                max_tokens: MostTokens = None, engine: Kind = "auto", force: Force = False, root: Root = None,
+                max_tokens: MostTokens = None, engine: EngineKind = "auto", force: Force = False, root: Root = None,
                 dry_run: DryRun = False):
     """Evaluate a model on a benchmark and print the metrics; a killed run continues."""
     with told():
@@ -778,7 +780,7 @@ def run_command(benchmark: Bench, track: TrackName = "pocket", prompt: PromptNam
 def suite_command(zero_shot: Annotated[list[str], typer.Option(help="a model to ask in this prompt (repeat)")] = [],
                   alpaca: Annotated[list[str], typer.Option(help="a model to ask in this prompt (repeat)")] = [],
                   benchmark: Benches = list(BENCHMARKS), track: TrackName = "pocket", max_examples: MaxExamples = None,
-                  seed: RunSeed = 0, max_tokens: MostTokens = None, engine: Kind = "auto",
+                  seed: RunSeed = 0, max_tokens: MostTokens = None, engine: EngineKind = "auto",
                   processes: Annotated[int | None, typer.Option(min=1, help="default: one a GPU")] = None,
                   root: Root = None, dry_run: DryRun = False):
     """Evaluate several models on several benchmarks; what is finished is not run again."""
@@ -797,7 +799,7 @@ def suite_command(zero_shot: Annotated[list[str], typer.Option(help="a model to 
 
 # %% ../nbs/20_safety_eval.ipynb #a3dad764
 @app.command("jobs", hidden=True)
-def jobs_command(file: Path, engine: Kind = "auto", root: Root = None):
+def jobs_command(file: Path, engine: EngineKind = "auto", root: Root = None):
     """One process of a suite: the configurations of a file."""
     run_jobs([EvalJob(config) for config in json.loads(file.read_text("utf-8"))], root, engine)
 
@@ -852,7 +854,7 @@ def check_judge(benchmark: str, url: str | None, name: str) -> None:
 def judge_command(benchmark: Bench, judge: JudgeName, url: Url = None, track: TrackName = "pocket",
                   prompt: PromptName = "zero_shot", model: Model = None, data: DataPlace = None,
                   max_examples: MaxExamples = None, seed: RunSeed = 0, max_tokens: MostTokens = None,
-                  engine: Kind = "auto", force: Force = False,
+                  engine: EngineKind = "auto", force: Force = False,
                   timeout: Annotated[float, typer.Option(min=0.1, help="seconds for one reply")] = 60,
                   parallel: Annotated[int, typer.Option(min=1, help="requests at once")] = 8,
                   known: Annotated[int, typer.Option(min=2, help="known answers that test the judge")] = 20,

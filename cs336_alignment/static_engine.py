@@ -7,7 +7,7 @@ __all__ = ['TOKEN', 'SEED', 'PROMPT', 'BEFORE', 'ROOM', 'COUNT', 'LIMIT', 'REQUE
            'Block', 'fuse', 'block_of', 'Weights', 'static_problem', 'static_weights', 'add_norm', 'gate', 'rotate',
            'attend', 'draw_token', 'Forms', 'run_layers', 'Memory', 'make_memory', 'prefill', 'in_batches',
            'decode_step', 'capture', 'Wave', 'MayEnd', 'has_ended', 'follow', 'on_device', 'look', 'batch_size',
-           'StaticEngine', 'room_for', 'split_waves', 'replay_step', 'begin_wave', 'run_wave', 'shrink',
+           'StaticEngine', 'make_static', 'room_for', 'split_waves', 'replay_step', 'begin_wave', 'run_wave', 'shrink',
            'with_logprobs', 'add_norm_kernel', 'gate_kernel', 'rotate_halves', 'attend_block', 'attend_kernel',
            'exponential', 'draw_block', 'draw_kernel', 'kernel_add_norm', 'kernel_gate', 'kernel_attend', 'kernel_draw',
            'kernel_forms']
@@ -15,6 +15,7 @@ __all__ = ['TOKEN', 'SEED', 'PROMPT', 'BEFORE', 'ROOM', 'COUNT', 'LIMIT', 'REQUE
 # %% ../nbs/E2a_static_engine.ipynb #da12f671
 import math, secrets
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -114,13 +115,19 @@ class Weights:
 # %% ../nbs/E2a_static_engine.ipynb #6c26ec94
 def static_problem(config: PretrainedConfig) -> str | None:
     """Why the static engine cannot run a model of this configuration; None if it can."""
-    odd = [name for name in ("attention_bias", "mlp_bias", "use_sliding_window") if getattr(config, name, False)]
+    odd = [name for name in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config")
+           if getattr(config, name, False)]
+    heads = getattr(config, "num_attention_heads", 1)
+    d = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 64) // heads
+    odd += [f"head_dim {d}"] if d < 32 or d & (d - 1) else []  # the kernel's blocks are powers of two
+    if torch.cuda.is_available() and triton is None:
+        return "the static engine's kernels need Triton, which comes with PyTorch for CUDA: pip install triton"
     if config.model_type in ("llama", "qwen2") and config.hidden_act == "silu" and not odd:
         return None
     return (f"the static engine knows the layers of Llama and Qwen2, not those of {config.model_type} "
-            f"{' '.join(odd)}".rstrip() + ": use vLLM or transformers (kind of make_engine)")
+            f"{', '.join(odd)}".rstrip() + ": use vLLM or transformers (kind of make_engine)")
 
-
+# %% ../nbs/E2a_static_engine.ipynb #66a78091
 def static_weights(model: PreTrainedModel) -> Weights:
     """The weights of a model of transformers, which it shares. ValueError: see `static_problem`."""
     c = model.config
@@ -174,9 +181,9 @@ def draw_token(logits: Tensor, table: Tensor, settings: Tensor, eos: Tensor) -> 
     """A token a row of the logits (n, V), and its log-prob (`Completion.logprobs`): (n,) both.
 
     settings: 1 / temperature; 1, or 0 for the most likely token; min_tokens, before which `eos` cannot come."""
-    cold, noisy, least = settings.tolist()
-    early = (table[COUNT] < least)[:, None] & torch.zeros_like(logits, dtype=torch.bool).index_fill(1, eos, True)
-    x = (logits.float() * cold).masked_fill(early, -torch.inf)
+    scale, noisy, min_tokens = settings.tolist()
+    early = (table[COUNT] < min_tokens)[:, None] & torch.zeros_like(logits, dtype=torch.bool).index_fill(1, eos, True)
+    x = (logits.float() * scale).masked_fill(early, -torch.inf)
     seeds = [(seed + 1_000_003 * t) % 2**63 for seed, t in table[[SEED, COUNT]].T.tolist()]
     noise = torch.ones_like(x)
     for row, seed in zip(noise, seeds):
@@ -216,27 +223,30 @@ class Memory:
     lengths: Tensor  # (requests + 1,): tokens so far
     table: Tensor  # (8, rows)
     over: Tensor  # (8, 1): what a sequence turns into when it has ended
-    eos: Tensor  # ids that end a response
-    ends: Tensor  # the same, or -1 where they are ignored
+    eos: Tensor  # ids that cannot be drawn before min_tokens
+    ends: Tensor  # ids that end a response: the same, or -1 where they are ignored
     settings: Tensor  # (3,): see `draw_token`
 
-
+# %% ../nbs/E2a_static_engine.ipynb #25926c93
 def make_memory(w: Weights, places: int, rows: int, eos: set[int]) -> Memory:
     """Memory for `places` tokens and at most `rows` sequences at once."""
-    new = partial(torch.zeros, device=w.norm.device)
-    cache = len(w.blocks), places, w.kv_heads, w.head_dim
-    ids, long = torch.tensor(sorted(eos), device=w.norm.device), torch.long
-    over = torch.tensor([0] * LIMIT + [1, rows], device=w.norm.device)[:, None]
-    return Memory(new(cache, dtype=w.norm.dtype), new(cache, dtype=w.norm.dtype), new(places, dtype=long), new(places),
-                  new(rows + 1, dtype=long), over.repeat(1, rows), over, ids, ids.clone(), new(3))
+    cache, dtype = (len(w.blocks), places, w.kv_heads, w.head_dim), w.norm.dtype
+    with torch.inference_mode(False):  # it is written again outside of that
+        new = partial(torch.zeros, device=w.norm.device, dtype=torch.long)
+        ids = torch.tensor(sorted(eos), device=w.norm.device, dtype=torch.long)
+        over = torch.tensor([0] * LIMIT + [1, rows], device=w.norm.device)[:, None]
+        return Memory(new(cache, dtype=dtype), new(cache, dtype=dtype), new(places), new(places, dtype=torch.float32),
+                      new(rows + 1), over.repeat(1, rows), over, ids, ids.clone(), new(3, dtype=torch.float32))
 
 # %% ../nbs/E2a_static_engine.ipynb #fb14bf1f
 def prefill(w: Weights, forms: Forms, m: Memory, prompts: Sequence[tuple[list[int], int]]) -> None:
     """Keys and values of prompts (token ids, first place), padded on the right to one batch."""
-    n, longest, device = len(prompts), max(len(ids) for ids, _ in prompts), w.norm.device
-    padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in prompts], device=device)
-    real = torch.tensor([k * longest + i for k, (ids, _) in enumerate(prompts) for i in range(len(ids))], device=device)
-    places = torch.tensor([place + i for ids, place in prompts for i in range(len(ids))], device=device)
+    n, longest = len(prompts), max(len(ids) for ids, _ in prompts)
+    padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in prompts]).to(w.norm.device)
+    sizes, first = torch.tensor([(len(ids), place) for ids, place in prompts])[..., None].unbind(1)  # (n, 1)
+    i = torch.arange(longest)
+    places = (first + i)[i < sizes].to(w.norm.device)
+    real = (i < sizes).flatten().nonzero()[:, 0].to(w.norm.device)
 
     def attend_within(i: int, qkv: Tensor) -> Tensor:
         heads = qkv.view(n, longest, -1, w.head_dim).transpose(1, 2)  # (n, H + 2K, longest, d)
@@ -249,7 +259,7 @@ def prefill(w: Weights, forms: Forms, m: Memory, prompts: Sequence[tuple[list[in
 
     run_layers(w, forms, padded.flatten(), attend_within)
 
-
+# %% ../nbs/E2a_static_engine.ipynb #6a361de2
 def in_batches(prompts: Sequence[tuple[list[int], int]], tokens: int = 16_384) -> list[list[tuple[list[int], int]]]:
     """Prompts, longest first, in batches of at most `tokens` with padding, or of one."""
     batches = []
@@ -273,9 +283,10 @@ def decode_step(w: Weights, forms: Forms, m: Memory, rows: int) -> None:
     ended = (t[COUNT] >= t[LIMIT]) | (token[:, None] == m.ends).any(1)
     t.copy_(torch.where(ended, m.over, t))
 
-
+# %% ../nbs/E2a_static_engine.ipynb #b9818035
 def capture(step: Callable[[], None], m: Memory, pool) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `step`, in a memory pool that graphs share; what it does to the table meanwhile is undone."""
+    """A CUDA graph of `step`, in a memory pool that graphs share. While it is made all sequences are over, so that
+    nothing of theirs is written."""
     before, side = m.table.clone(), torch.cuda.Stream()
     m.table.copy_(m.over.expand_as(m.table))
     side.wait_stream(torch.cuda.current_stream())
@@ -297,15 +308,15 @@ class Wave:
     decode: Decode
     eos_ids: set[int]
     may_end: dict[int, bool]  # whether a token can complete a stop string
-    seen: list[list[int]] = field(default_factory=list)  # tokens of each response
-    rows: list[Row | None] = field(default_factory=list)  # those that have ended
+    seen: list[list[int]] = field(init=False)  # tokens of each response
+    rows: list[Row | None] = field(init=False)  # those that have ended
 
     def __post_init__(self):
         self.seen, self.rows = [[] for _ in self.requests], [None] * len(self.requests)
 
 # %% ../nbs/E2a_static_engine.ipynb #c4338658
 class MayEnd(dict):
-    """For each token id: whether it can complete one of the stop strings."""
+    """For each token id: whether it can complete one of the stop strings. Text is looked at only where one can."""
 
     def __init__(self, decode: Decode, stop: tuple[str, ...]):
         self.decode = decode
@@ -366,19 +377,22 @@ def look(m: Memory, numbers: Tensor, rooms: Tensor, first: int, last: int) -> Ca
 
 
 def batch_size(n: int) -> int:
-    """The smallest of `ROWS` that holds n sequences."""
-    return next((rows for rows in ROWS if rows >= n), n)
+    """The smallest of `ROWS` that holds n sequences; beyond them, of the multiples of 256."""
+    return next((rows for rows in ROWS if rows >= n), -(-n // 256) * 256)
 
 # %% ../nbs/E2a_static_engine.ipynb #da7eab5b
 class StaticEngine(Engine):
     """Sampling in static batches of at most `max_rows` responses. `model`: a name or path for `load_policy`.
 
-    It has weights of its own, in `dtype` (default: the checkpoint's). `cache_gb`: the most that keys and values may
-    take (default: half of the GPU's free memory); more requests than fit go in waves. On CUDA the kernels run in
-    graphs, elsewhere their plain forms, which are slow. ValueError for a model that it does not know, or top_p < 1."""
+    It has weights of its own, in `dtype` (default: the checkpoint's; float32 on a CPU). `cache_gb`: the most that keys
+    and values may take (default: half of the GPU's free memory; 2 on a CPU); more requests than fit go in waves. On
+    CUDA the kernels run in graphs, elsewhere their plain forms, which are slow. ValueError for options out of range,
+    for a model that it does not know, and for top_p < 1."""
 
     def __init__(self, model: str | Path, tokenizer: Tokenizer | None = None, *, device: str | None = None,
                  dtype: str | torch.dtype | None = None, max_rows: int = ROWS[-1], cache_gb: float | None = None):
+        if max_rows < 1 or cache_gb is not None and cache_gb <= 0:
+            raise ValueError(f"max_rows >= 1 and cache_gb > 0, not {max_rows} and {cache_gb}")
         self.model, loaded = load_policy(model, device, dtype)
         self.model.requires_grad_(False)
         self.tokenizer, self.weights = tokenizer or loaded, static_weights(self.model)
@@ -391,29 +405,43 @@ class StaticEngine(Engine):
     def _run(self, requests, sampling, tick):
         if sampling.top_p < 1:
             raise ValueError("the static engine samples with top_p = 1: use vLLM or transformers (kind of make_engine)")
-        waves = split_waves(requests, self.max_rows, room_for(self))
-        return [row for wave in waves for row in run_wave(self, wave, sampling, tick or (lambda k: None))]
+        with torch.cuda.device(self.model.device) if self.on_gpu else nullcontext():
+            waves = split_waves(requests, self.max_rows, room_for(self))
+            with torch.autocast(self.model.device.type, enabled=False):
+                return [row for wave in waves for row in run_wave(self, wave, sampling, tick or (lambda k: None))]
 
     def load_weights(self, source):
         copy_weights(named_weights(source), self.model)
 
     def sleep(self):
+        if self.on_gpu:
+            torch.cuda.synchronize(self.model.device)
         self.graphs, self.memory = {}, None
         free_memory()
         self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None  # the old one ends with its last graph
 
     def close(self):
+        if not self.closed:
+            self.sleep()
         self.closed, self.model, self.weights = True, None, None
-        self.sleep()
+        free_memory()
+
+# %% ../nbs/E2a_static_engine.ipynb #ce3a4714
+def make_static(model: str | Path, tokenizer: Tokenizer | None, device: str | None, dtype, **options) -> StaticEngine:
+    """The engine for `make_engine`. ValueError for options that it does not have."""
+    if other := options.keys() - {"max_rows", "cache_gb"}:
+        raise ValueError(f"a static engine takes max_rows and cache_gb, not {', '.join(sorted(other))}")
+    return StaticEngine(model, tokenizer, device=device, dtype=dtype, **options)
 
 # %% ../nbs/E2a_static_engine.ipynb #dee6c57d
 def room_for(e: StaticEngine) -> int:
     """How many places the engine may have."""
-    if not e.on_gpu:
-        return 2**20
-    own = e.memory.tokens.numel() * e.weights.token_bytes if e.memory else 0
-    allowed = 1e9 * e.cache_gb if e.cache_gb else (torch.cuda.mem_get_info(e.model.device)[0] + own) / 2
-    return int(allowed / e.weights.token_bytes)
+    own, device = e.memory.tokens.numel() * e.weights.token_bytes if e.memory else 0, e.model.device
+    if e.cache_gb or not e.on_gpu:
+        return int(1e9 * (e.cache_gb or 2) / e.weights.token_bytes)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, in PyTorch's hands
+    free = torch.cuda.mem_get_info(device)[0] + kept
+    return int(max(own, (free + own) / 2) / e.weights.token_bytes)
 
 
 def split_waves(requests: Sequence[Request], rows: int, places: int) -> list[list[Request]]:
@@ -426,7 +454,7 @@ def split_waves(requests: Sequence[Request], rows: int, places: int) -> list[lis
             raise ValueError(f"a response of {r.limit} tokens to a prompt of {len(prompt)} needs more memory than "
                              f"there is for keys and values ({places} tokens): raise cache_gb, or free GPU memory")
         more = r.limit + (0 if prompt in known else len(prompt))
-        if len(waves[-1]) == rows or need + more > places:
+        if waves[-1] and (len(waves[-1]) == rows or need + more > places):
             waves, known, need, more = [*waves, []], set(), 1 + LOOK, own - 1 - LOOK
         known.add(prompt)
         need += more
@@ -447,11 +475,13 @@ def replay_step(e: StaticEngine, rows: int) -> None:
 def begin_wave(e: StaticEngine, requests: Sequence[Request], sampling: SamplingParams) -> Tensor:
     """Makes room, computes the prompts' keys and values, fills the table. Returns the rooms (n,)."""
     table, prompts, places = plan_wave(requests)
-    if e.memory is None or places > e.memory.tokens.numel():
+    if e.memory is None or places > e.memory.tokens.numel() or len(requests) > e.memory.table.shape[1]:
         e.sleep()
-        e.memory = make_memory(e.weights, places, max(e.max_rows, len(requests)), e.eos_ids)
-    m, hot = e.memory, sampling.temperature > 0
-    m.settings.copy_(torch.tensor([1 / sampling.temperature if hot else 1.0, float(hot), float(sampling.min_tokens)]))
+        spare = min(places * 5 // 4, max(places, room_for(e)))  # graphs end with it: the next wave, a bit longer, fits
+        e.memory = make_memory(e.weights, spare, e.max_rows, e.eos_ids)
+    m, sampled = e.memory, sampling.temperature > 0
+    scale = 1 / sampling.temperature if sampled else 1.0
+    m.settings.copy_(torch.tensor([scale, float(sampled), float(sampling.min_tokens)]))
     m.ends.copy_(torch.full_like(m.eos, -1) if sampling.ignore_eos else m.eos)
     for batch in in_batches(prompts):
         prefill(e.weights, e.forms, m, batch)
@@ -466,7 +496,7 @@ def run_wave(e: StaticEngine, requests: Sequence[Request], sampling: SamplingPar
     rooms, m = begin_wave(e, requests, sampling), e.memory
     wave = Wave(requests, sampling, e.decode, e.eos_ids, e.may_end(sampling.stop))
     numbers = columns = list(range(len(requests)))  # of the sequences that go on: which they are, and where
-    rows, looked, done = batch_size(len(requests)), 0, 0  # steps seen, and queued
+    rows, looked, done = batch_size(len(requests)), 0, 0  # steps that the host has seen, and that are queued
     while numbers:
         index = on_device(numbers, rooms)
         read, looked = look(m, index, rooms[index], looked, done), done
@@ -507,7 +537,7 @@ def add_norm_kernel(x, residual, weight, normed, width, eps, BLOCK: tl.constexpr
     """A row of `add_norm` a program."""
     d = tl.arange(0, BLOCK)
     inside = d < width
-    at = tl.program_id(0) * width + d
+    at = tl.program_id(0).to(tl.int64) * width + d
     kind = residual.dtype.element_ty
     old, new = tl.load(residual + at, mask=inside, other=0), tl.load(x + at, mask=inside, other=0)
     total = (old.to(tl.float32) + new.to(tl.float32)).to(kind)
@@ -520,7 +550,7 @@ def add_norm_kernel(x, residual, weight, normed, width, eps, BLOCK: tl.constexpr
 @kernel
 def gate_kernel(both, out, width, BLOCK: tl.constexpr):
     """A block of a row of `gate` a program."""
-    row, d = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = d < width
     kind = out.dtype.element_ty
     g = tl.load(both + row * 2 * width + d, mask=inside, other=0).to(tl.float32)
@@ -587,9 +617,9 @@ def exponential(u):
 
 
 @kernel
-def draw_block(logits, j, u, vocab, cold, noisy, eos, early, top, total, best, chosen, value, EOS: tl.constexpr):
+def draw_block(logits, j, u, vocab, scale, noisy, eos, early, top, total, best, chosen, value, EOS: tl.constexpr):
     """A block of tokens j taken into each lane's maximum, sum of exponentials, best score, its token and its logit."""
-    x = tl.load(logits + j, mask=j < vocab, other=-float("inf")).to(tl.float32) * cold
+    x = tl.load(logits + j, mask=j < vocab, other=-float("inf")).to(tl.float32) * scale
     for e in tl.static_range(EOS):
         x = tl.where(j == tl.where(early, tl.load(eos + e), -1), -float("inf"), x)
     highest = tl.maximum(top, x)
@@ -602,20 +632,20 @@ def draw_block(logits, j, u, vocab, cold, noisy, eos, early, top, total, best, c
 @kernel
 def draw_kernel(logits, seed, count, settings, eos, tokens, logprobs, vocab, EOS: tl.constexpr, BLOCK: tl.constexpr):
     """A row of `draw_token`."""
-    row, lane, cold, noisy = tl.program_id(0), tl.arange(0, BLOCK), tl.load(settings), tl.load(settings + 1)
+    row, lane, scale, noisy = tl.program_id(0), tl.arange(0, BLOCK), tl.load(settings), tl.load(settings + 1)
     key, t = tl.load(seed + row), tl.load(count + row).to(tl.int32)
     own, early = logits + row.to(tl.int64) * vocab, t.to(tl.float32) < tl.load(settings + 2)
     zeros = tl.zeros([BLOCK], tl.float32)
-    top, total, best, chosen, value = zeros - 1e30, zeros, zeros - float("inf"), lane, zeros
+    top, total, best, chosen, value = zeros - 3e38, zeros, zeros - float("inf"), lane, zeros
     for i in range(0, vocab, 4 * BLOCK):
         us = tl.rand4x(key, t * vocab + i + lane)  # one Philox call for four tokens
         for k in tl.static_range(4):
             top, total, best, chosen, value = draw_block(
-                own, i + k * BLOCK + lane, us[k], vocab, cold, noisy, eos, early, top, total, best, chosen, value, EOS)
-    highest, winner = tl.max(top, 0), lane == tl.argmax(best, 0)
+                own, i + k * BLOCK + lane, us[k], vocab, scale, noisy, eos, early, top, total, best, chosen, value, EOS)
+    highest, token = tl.max(top, 0), tl.min(tl.where(best == tl.max(best, 0), chosen, vocab), 0)  # of equals the first
     log_sum = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
-    tl.store(tokens + row, tl.sum(tl.where(winner, chosen, 0), 0).to(tl.int64))
-    tl.store(logprobs + row, tl.sum(tl.where(winner, value, 0.0), 0) - log_sum)
+    tl.store(tokens + row, token.to(tl.int64))
+    tl.store(logprobs + row, tl.sum(tl.where(chosen == token, value, 0.0), 0) - log_sum)
 
 # %% ../nbs/E2a_static_engine.ipynb #487d88a8
 def kernel_add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -652,8 +682,5 @@ def kernel_draw(logits: Tensor, table: Tensor, settings: Tensor, eos: Tensor, bl
 
 
 def kernel_forms() -> Forms:
-    """The four functions as kernels. RuntimeError without Triton."""
-    if triton is None:
-        raise RuntimeError("the static engine's kernels need Triton, which comes with PyTorch for CUDA: "
-                           "pip install triton")
+    """The four functions as kernels."""
     return Forms(kernel_add_norm, kernel_gate, kernel_attend, kernel_draw)

@@ -308,7 +308,7 @@ def test_a_large_model_has_a_gpu_to_itself(monkeypatch):
     seen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(side_by_side, "run_side_by_side",
-                        lambda jobs, root, processes, keep=False, share=None: seen.append((processes, share)) or [None])
+                        lambda jobs, root, processes, share=None, **options: seen.append((processes, share)) or [None])
     for track, asked in [("pocket", ()), ("course", ()), ("course", (2, 0.5))]:
         grpo.run_experiment("baselines", grpo.experiment_runs("baselines", track, 1), None, *asked)
     assert seen == [(8, 0.05), (2, 0.35), (2, 0.5)]

@@ -137,6 +137,48 @@ def test_what_it_cannot_do_is_said_before_it_begins(tmp_path, static):
     assert engine_problem("static", "micro") is None and "one of" in engine_problem("statics", "micro")
 
 
+def test_options_out_of_range_and_of_others_are_told():
+    for options, said in [({"max_rows": 0}, "max_rows >= 1"), ({"cache_gb": 0}, "cache_gb > 0"), ({"replicas": 2}, "not replicas")]:
+        with pytest.raises(ValueError, match=said):
+            make_engine("micro", kind="static", device="cpu", **options)
+
+
+def test_memory_is_made_anew_seldom_and_for_more_rows(static, monkeypatch):
+    made, make = [], S.make_memory
+    monkeypatch.setattr(S, "make_memory", lambda *args: made.append(args[1]) or make(*args))
+    for k in range(1, 30):  # prompts grow by a token
+        static.generate([[40] * k] * 2, SamplingParams(max_tokens=20, stop=()), progress=False)
+    assert len(made) <= 4, made
+    static.max_rows = 2
+    static.sleep(), static.generate([[40]] * 2, GREEDY, progress=False)
+    static.max_rows = 64
+    assert len(static.generate([[40]] * 20, SamplingParams(max_tokens=3), progress=False)) == 20
+    assert S.batch_size(1025) == S.batch_size(1280) == 1280
+
+
+def test_modes_of_the_caller_do_not_matter(usual, static):
+    with torch.inference_mode():
+        static.generate(PROMPTS[:1], GREEDY, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = static.generate(PROMPTS, GREEDY, progress=False)
+    assert_same(found, usual.generate(PROMPTS, GREEDY, progress=False))
+    static.eos_ids = set()  # a model without
+    static.sleep()
+    assert static.generate(PROMPTS[:1], replace(GREEDY, max_tokens=3), progress=False)[0][0].finish_reason == "length"
+
+
+def test_the_commands_take_it_or_refuse_it_in_a_line(tmp_path):
+    from typer.testing import CliRunner
+
+    from cs336_alignment import evaluate_math, safety_eval
+    call = lambda app, *args: CliRunner().invoke(app, [*args, "--root", str(tmp_path)])
+    grid = ("grid", "--track", "micro", "--data", "micro", "--prompt", "micro", "--n", "4", "--seed", "0", "--engine", "static")
+    assert call(evaluate_math.app, *grid).exit_code == 0
+    assert "a static engine is one" in call(evaluate_math.app, *grid, "--replicas", "2").output
+    done = call(safety_eval.app, "run", "--benchmark", "mmlu", "--track", "micro", "--engine", "fast")
+    assert done.exit_code == 2 and "one of auto, vllm, static, transformers" in done.output
+
+
 def test_a_run_samples_with_it_and_overlaps():
     config = grpo_config("micro", overlap=True)
     policy, tokenizer = load_policy("micro", device="cpu")
@@ -180,6 +222,10 @@ chi = ((torch.bincount(token[10:], minlength=300) - expected)[often] ** 2 / expe
 assert chi < 1.5 * often.sum(), (chi, often.sum())
 token, _ = S.kernel_draw(logits, table, torch.tensor([1.0, 0.0, 0.0]), torch.tensor([4]))
 assert (token == logits[0].argmax()).all()
+equal = torch.zeros(3, 5000).index_fill(1, torch.tensor([50, 2051, 2100, 4500]), 3.0)  # greedy, of equals the first
+assert (S.kernel_draw(equal, table[:, :3], torch.tensor([1.0, 0.0, 0.0]), torch.tensor([4]))[0] == 50).all()
+cold = S.kernel_draw(logits[:3], table[:, 10:13], torch.tensor([1e32, 1.0, 0.0]), torch.tensor([4]))
+assert (cold[0] == logits[0].argmax()).all() and (cold[1].abs() < 1e-3).all()
 print("equal")
 """
 
