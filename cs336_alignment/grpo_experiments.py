@@ -373,13 +373,14 @@ for name in (*ABOUT, "all"):
     add_command(name)
 
 # %% ../nbs/13_grpo_experiments.ipynb #6bef78c6
-def race(runs: Sequence, root: Path | None = None, processes: int | None = None, gpus: int = 1) -> list[dict | None]:
+def race(runs: Sequence, root: Path | None = None, processes: int | None = None, gpus: int = 1,
+         engine: str = "auto") -> list[dict | None]:
     """Runs against the clock (18), each in a new process with `gpus` GPUs, or a core, of its own."""
     n, results = processes or side_by_side.with_their_own(gpus), []
     for k in range(0, len(runs), n):  # n at once, all of one budget
         jobs = [side_by_side.Job(config) for config in runs[k:k + n]]
         try:
-            results += side_by_side.run_side_by_side(jobs, root, n, gpus_each=gpus)
+            results += side_by_side.run_side_by_side(jobs, root, n, gpus_each=gpus, kind=engine)
         except RuntimeError as error:  # what a user can cause is told without its traceback
             first, *_, last = str(error).splitlines()
             raise RuntimeError(f"{first}\n{last}" if last.startswith("ValueError: ") else str(error)) from None
@@ -397,17 +398,19 @@ def leaderboard_command(
         only: Annotated[list[str], Option("this recipe (repeat for several)")] = [], settings: Changes = [],
         model: Annotated[str | None, Option("the folder of the course's model; --track course only")] = None,
         root: Root = None, processes: Annotated[int | None, Count("side by side (default: 1 a GPU or core)")] = None,
-        gpus: Annotated[int | None, Count("of each run (default: 1, course 2)")] = None,
+        gpus: Annotated[int | None, Count("of each run (default: 1, course 2)")] = None, engine: EngineKind = "auto",
         dry_run: Annotated[bool, Option("only print the runs")] = False):
     with told():
         changes = parse_changes(settings, "track", "seed", "variant", "family", "eval_data", "model", "recipe",
                                 "confirm", budget_s=budget, model=model)
         runs = leaderboard.leaderboard_runs(track, confirm, seeds, only, changes, root)
         leaderboard.check_leaderboard(runs, root, look=not dry_run)
+        if engine != "auto" and (problem := vllm_engine.engine_problem(engine, runs[0].model)):
+            raise ValueError(f"--engine {engine}: {problem}")
     if dry_run:
         return leaderboard.show_leaderboard(runs, root)
     with told(ValueError, OSError, RuntimeError):
-        race(runs, root, processes, gpus or (2 if track == "course" else 1))
+        race(runs, root, processes, gpus or (2 if track == "course" else 1), engine)
         if not root and not changes.keys() - {"model"}:
             print("published:", publish(f"{runs[0].family}_{track}"))
 

@@ -320,8 +320,8 @@ def begin_run(config: LeaderboardConfig, run, clock: Clock, stack: ExitStack, **
         packing.compile_policy(policy)
     plain = evaluation_config(vars(config))
     with clock.paused() if only_finetunes(config.stages) else nullcontext():
-        engine = stack.enter_context(grpo_runs.use_engine(plain, policy, tokenizer, None,
-                                                          **other_gpus() | engine_options))
+        apart = {} if engine_options.get("kind") == "static" else other_gpus()
+        engine = stack.enter_context(grpo_runs.use_engine(plain, policy, tokenizer, None, **apart | engine_options))
     problems, held = problem_sets(config.data, config.eval_data, config.n_eval, config.pool)
     optimizer = packing.make_optimizer(policy, 0.0)  # the first stage makes its own, a checkpoint fills this one
     s = grpo_runs.State(plain, run, policy, tokenizer, optimizer, engine, None, problems, held)

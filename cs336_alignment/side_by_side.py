@@ -114,8 +114,10 @@ def stacks(jobs: Sequence[Job], gpu: bool) -> list[list[Job]]:
     return list(found.values())
 
 # %% ../nbs/E12_side_by_side.ipynb #38a0c5a3
-def run_job(jobs: Sequence[Job], engine, root: Path, compiled: bool, keep: bool, pass_tokens: int) -> bool:
-    """Runs jobs that belong together; False if it was stopped by hand. engine: None for a live policy."""
+def run_job(jobs: Sequence[Job], engine, root: Path, compiled: bool, keep: bool, pass_tokens: int,
+            kind: str = "auto") -> bool:
+    """Runs jobs that belong together; False if it was stopped by hand. engine: None for a live policy; kind: of the one
+    that a run against the clock makes."""
     job, begin = jobs[0], time.perf_counter()
     for start in filter(None, (job.start for job in jobs)):
         have_policy(start, sft, engine, again(start, root), compiled=compiled)
@@ -124,7 +126,8 @@ def run_job(jobs: Sequence[Job], engine, root: Path, compiled: bool, keep: bool,
         if None in summaries:
             raise RuntimeError(f"{policy_name(jobs[summaries.index(None)].config)}: a gradient was not finite")
     elif isinstance(job.config, LeaderboardConfig):
-        summaries = [run_leaderboard(job.config, root, spent=process_age(), **ENGINE)]
+        options = {} if kind == "static" else ENGINE
+        summaries = [run_leaderboard(job.config, root, spent=process_age(), kind=kind, **options)]
     elif isinstance(job.config, SFTConfig):
         summaries = [sft(job.config, engine, root, keep=job.config.epochs > 0, progress=False, compiled=compiled,
                          checkpoint_s=60)]
@@ -157,7 +160,7 @@ def work_through(file: Path, number: int, root: Path, keep: bool, share: float, 
     with nothing() if stacked_only or clocked else shared_engine(model, 1, share, kind, **ENGINE) as engine:
         for group in todo:
             with claimed(group, root) as mine:
-                if mine and not run_job(mine, engine, root, gpu, keep, pass_tokens):
+                if mine and not run_job(mine, engine, root, gpu, keep, pass_tokens, kind):
                     return 0  # stopped by hand
     return sum(1 for group in todo if Path(f"{root}/logs/claims/{policy_name(group[0].config)}.failed").exists())
 

@@ -199,6 +199,16 @@ def test_runs_side_by_side_share_one(tmp_path, monkeypatch):
     assert side_by_side.work_through(file, 0, tmp_path, False, 0.1, 1000, "static") == 0 and seen == ["static"]
 
 
+def test_a_run_against_the_clock_makes_one_of_its_kind(tmp_path, monkeypatch):
+    from cs336_alignment import leaderboard, side_by_side
+    seen, job = [], side_by_side.Job(leaderboard.leaderboard_config("micro", "grpo"))
+    monkeypatch.setattr(side_by_side, "run_leaderboard",
+                        lambda config, root, **options: seen.append(options) or {"final": {"answer_accuracy": 0.5}})
+    for kind in ("static", "auto"):
+        side_by_side.run_job([job], None, tmp_path, False, False, 1000, kind)
+    assert seen[0].keys() == {"spent", "kind"} and seen[0]["kind"] == "static" and seen[1]["max_num_seqs"]
+
+
 IN_THE_INTERPRETER = """
 import torch
 from cs336_alignment import static_engine as S
