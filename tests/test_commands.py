@@ -131,7 +131,7 @@ SFT, EI, GRPO = "sft_math_reasoning", "sft_math_reasoning_ei", "grpo_experiments
     (SFT, ["--variant", "x" * 300], "more than 200 characters"), (EI, ["--set", f"variant={'é' * 150}"], "more than 200 characters"),
     (GRPO, ["--variant", "x" * 300], "more than 200 characters"), (GRPO, ["--set", f"family={'x' * 300}"], "more than 200 characters"),
     (GRPO, ["--server", "localhost:8000"], "takes http://HOST:PORT, not 'localhost:8000'"),
-    (GRPO, ["--server", "http://10.0.0.2:8000", "--replicas", "2"], "a --server has its own"),
+    (GRPO, ["--server", "http://10.0.0.2:8000", "--replicas", "2"], "leave --engine out too with --server"),
     ("run_queue", ["nope"], "there are: tune"), *[("run_queue", ["sft", "--seeds", s], "0,1,2,3") for s in ("a", "", "-1", "0,0", "²", "4294967296")],
     ("run_queue", ["sft", "--seed", "9"], "--seed one of --seeds"), ("run_queue", ["sft", "--vllm", "[1]"], "takes a JSON object"),
 ])
@@ -271,7 +271,7 @@ def test_sweeps_that_differ_do_not_meet(monkeypatch, tmp_path):
     for module in (sft, ei):
         monkeypatch.setattr(module, "check_runs", lambda *args: None)
         monkeypatch.setattr(module, "run_all", lambda configs, *args: begun.extend(configs))
-    monkeypatch.setattr(grpo, "check_problems", lambda config: None)
+    monkeypatch.setattr(grpo, "check_problems", lambda config, **options: None)
     monkeypatch.setattr(grpo, "run_experiment", lambda name, runs, *args: begun.extend(config for config, _ in runs))
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(TRACE)

@@ -310,7 +310,7 @@ def ctrl_c():
 def test_the_loops_own_engine_is_closed_on_every_way_out(tmp_path, monkeypatch, python_handles_ctrl_c, act, way_out):
     made = []
 
-    def make(model, tokenizer, **options):
+    def make(model, kind, tokenizer, **options):
         made.append(CallsAt(4, act))
         return made[-1]
 
