@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli import (Changes, EngineKind, GpuShare, Replicas, Root, Seed, TrackName, later,
+from .cli import (ENGINE_KINDS, Changes, EngineKind, GpuShare, Replicas, Root, Seed, TrackName, later,
                                  only_after_the_command, parse_changes, server_address, stop, told)
 from .data import fill_prompt, load_prompt, problem_sets, read_jsonl
 from .distributed import joined
@@ -81,6 +81,8 @@ Option, Count = lambda text: typer.Option(help=text), lambda text: typer.Option(
 def engine_options(context: typer.Context, engine: str, server: Sequence[str], replicas: int,
                    gpu_memory_utilization: float) -> tuple[dict[str, Any], list[str]]:
     """Options of `use_engine` (E7), and the addresses of servers. ValueError for options that do not go together."""
+    if engine not in ENGINE_KINDS:
+        raise ValueError(f"--engine is one of {', '.join(ENGINE_KINDS)}, not {engine!r}")
     mine = {name: context.get_parameter_source(name).name == "COMMANDLINE"
             for name in ("replicas", "gpu_memory_utilization", "engine")}
     if (server and any(mine.values())) or (engine == "static" and (mine["replicas"] or mine["gpu_memory_utilization"])):

@@ -200,3 +200,14 @@ def test_a_part_of_the_profile_with_an_engine_that_is_not_real(part, tmp_path, m
         assert [(r["sequences"], r["late_text"]) for r in rows] == [(2, False), (4, False), (2, True), (4, True)]
         assert with_text["clock_ms"] > 1.2 * late["clock_ms"] and with_text["host_ms"]["output"] > 0.4
         assert with_text["gpu_ms"] == 0 and with_text["host_ms"]["rest"] < with_text["host_ms"]["step"]
+
+
+def test_the_static_engines_profile_runs_and_keeps_the_rest_of_the_file(tmp_path):
+    out = tmp_path / "profile.json"
+    out.write_text(json.dumps({"pocket": {"profile": "kept"}}))
+    options = ["--small", "--shape", "pocket", "--part", "static", "--tokens", "4", "--out", out]
+    done = subprocess.run([sys.executable, BENCH / "decode_profile.py", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["pocket"]
+    assert found["profile"] == "kept" and len(found["static"]["batches_s"]) == 4 and min(found["static"]["batches_s"]) > 0
+    assert [row["sequences"] for row in found["static"]["rows"]] == [2, 4]

@@ -132,6 +132,8 @@ SFT, EI, GRPO = "sft_math_reasoning", "sft_math_reasoning_ei", "grpo_experiments
     (GRPO, ["--variant", "x" * 300], "more than 200 characters"), (GRPO, ["--set", f"family={'x' * 300}"], "more than 200 characters"),
     (GRPO, ["--server", "localhost:8000"], "takes http://HOST:PORT, not 'localhost:8000'"),
     (GRPO, ["--server", "http://10.0.0.2:8000", "--replicas", "2"], "leave --engine out too with --server"),
+    (GRPO, ["--engine", "static", "--replicas", "2"], "leave them out with --engine static"),
+    (GRPO, ["--engine", "fast"], "one of auto, vllm, static, transformers"),
     ("run_queue", ["nope"], "there are: tune"), *[("run_queue", ["sft", "--seeds", s], "0,1,2,3") for s in ("a", "", "-1", "0,0", "²", "4294967296")],
     ("run_queue", ["sft", "--seed", "9"], "--seed one of --seeds"), ("run_queue", ["sft", "--vllm", "[1]"], "takes a JSON object"),
 ])
