@@ -199,7 +199,7 @@ def profile(work: dict, options: dict, tokens: int, sizes: list[int], save) -> N
     from cs336_alignment.vllm_engine import VLLMEngine
     rows, width = [], bandwidth()
     G.free()
-    with VLLMEngine(work["model"], in_process=True, **options) as engine:
+    with VLLMEngine(work["model"], work["tokenizer"], in_process=True, **options) as engine:
         engine.path = work["model"]
         config = getattr(engine.backend.llm.llm_engine, "vllm_config", None)
         about = {"async_scheduling": getattr(getattr(config, "scheduler_config", None), "async_scheduling", None),
@@ -220,7 +220,8 @@ def profile_static(work: dict, tokens: int, sizes: list[int], save) -> None:
     rows, width, start = [], bandwidth(), time.perf_counter()
     about = {"bytes_per_s": width, "kernels": kernel_checks() if G.on_gpu() else {}}
     G.free()
-    with make_engine(work["model"], kind="static", dtype="bfloat16" if G.on_gpu() else None, verbose=False) as engine:
+    dtype = "bfloat16" if G.on_gpu() else None
+    with make_engine(work["model"], kind="static", tokenizer=work["tokenizer"], dtype=dtype, verbose=False) as engine:
         engine.path, about["start_s"], about["batches_s"] = work["model"], time.perf_counter() - start, []
         sampling = SamplingParams(n=work["group"], max_tokens=work["tokens"], stop=(), ignore_eos=True)
         for _ in range(4):
@@ -313,7 +314,7 @@ def pairs(work: dict, options: dict, tokens: int, n: int, turns: int, save, natu
 
     def start(change: dict):
         try:
-            return VLLMEngine(work["model"], in_process=False, **with_option(options, change))
+            return VLLMEngine(work["model"], work["tokenizer"], in_process=False, **with_option(options, change))
         except Exception as error:
             return f"did not start: {str(error).splitlines()[-1]}"
 

@@ -222,12 +222,14 @@ def refined_steps(config, policy, engine, problems, share: float, pass_tokens: i
 
 # --- engines
 
-def start_engine(model_name: str, replicas: int, batch_size: int, options: dict):
-    """vLLM's replicas where it can run, else transformers in this process."""
+def start_engine(model_name: str, tokenizer, replicas: int, batch_size: int, options: dict):
+    """vLLM's replicas where it can run, else transformers in this process.
+
+    tokenizer: by name, transformers would take Qwen2's for random weights of that shape, whatever lies in their folder."""
     from cs336_alignment.vllm_engine import make_engine, vllm_problem
     if vllm_problem():
-        return make_engine(model_name, kind="transformers", batch_size=batch_size)
-    return make_engine(model_name, kind="vllm", replicas=replicas, in_process=False, **options)
+        return make_engine(model_name, kind="transformers", tokenizer=tokenizer, batch_size=batch_size)
+    return make_engine(model_name, kind="vllm", tokenizer=tokenizer, replicas=replicas, in_process=False, **options)
 
 
 class one_at_work:
@@ -297,7 +299,7 @@ def compare(work: dict, replicas: int, options: dict, steps: int, save) -> None:
             compile_policy(policy)
         return refined_steps(config, policy, e, problems, share, pass_tokens)
 
-    with start_engine(work["model"], replicas, config.rollout_batch_size, options) as e:
+    with start_engine(work["model"], work["tokenizer"], replicas, config.rollout_batch_size, options) as e:
         e.load_weights(build(half))  # all the engines, before one works alone: it shares the memory for weights with them
         with one_at_work(e):
             attempt("literal: one engine, padded pairs",
@@ -309,7 +311,7 @@ def compare(work: dict, replicas: int, options: dict, steps: int, save) -> None:
                 attempt(f"ours with vLLM, {share:.0%} with an advantage", lambda: ours(e, share), steps, share,
                         result["with_vllm"]["variants"])
     free()
-    with make_engine(work["model"], kind="static", dtype=half, verbose=False) as e:
+    with make_engine(work["model"], kind="static", tokenizer=work["tokenizer"], dtype=half, verbose=False) as e:
         for share in (1.0, 0.4):
             attempt(f"ours, {share:.0%} with an advantage", lambda: ours(e, share), steps, share)
 
@@ -412,7 +414,7 @@ def lean(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
                    "enable_sleep": True} | vllm
         result = {"rollouts": work["n"], "group_size": work["group"], "response_tokens": work["tokens"], "variants": [],
                   "pass_tokens": work["context"], "engine_options": options, "vllm": vllm_number()}
-        with start_engine(work["model"], 1, work["n"], options) as e:
+        with start_engine(work["model"], work["tokenizer"], 1, work["n"], options) as e:
             for share in (1.0, 0.4):
                 policy = work["build"](torch.float32)
                 checkpoint_activations(policy, compiled=on_gpu())
@@ -426,20 +428,26 @@ def lean(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
 
 
 def save_random_weights(build, vocab_size: int, folder: str):
-    """A policy with random weights, for the engine; and its tokenizer, which knows as many tokens: three special ones, t3, t4, …"""
+    """A policy with random weights, for the engine; returns its tokenizer."""
     import torch
+    build(torch.bfloat16).save_pretrained(folder)
+    tokenizer = word_tokenizer(vocab_size)
+    tokenizer.save_pretrained(folder)
+    free()
+    return tokenizer
+
+
+def word_tokenizer(vocab_size: int):
+    """A tokenizer with a word an id: three special ones, then t3, t4, … (t1 would be cut out of t12)."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
-    build(torch.bfloat16).save_pretrained(folder)
-    special = dict(unk_token="<unk>", eos_token="<eos>", pad_token="<pad>")  # t1 would be cut out of t12
-    core = Tokenizer(WordLevel(dict(zip([*special.values(), *(f"t{i}" for i in range(3, vocab_size))], range(vocab_size))), "<unk>"))
+    special = dict(unk_token="<unk>", eos_token="<eos>", pad_token="<pad>")
+    words = [*special.values(), *(f"t{i}" for i in range(3, vocab_size))]
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
-    tokenizer.save_pretrained(folder)
-    free()
-    return tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
 def main(out: Path = STORED, small: bool = False, steps: int = 3,

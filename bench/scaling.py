@@ -45,7 +45,7 @@ def setting(name: str, small: bool, folder: Path):
 
     import torch
     from training_throughput import QWEN_1_5B
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from cs336_alignment.data import Problem, load_problems
     from cs336_alignment.distributed import on_rank_zero
@@ -73,7 +73,7 @@ def setting(name: str, small: bool, folder: Path):
     on_rank_zero(save)
     options = {"gpu_memory_utilization": 0.19, "max_model_len": length + tokens + 106}
     return (grpo_step.settings(small, n, group, tokens, f"{folder}/bare.prompt"), build, str(folder),
-            AutoTokenizer.from_pretrained(folder), numbered(problems), options, 500 if small else 4 * 1173)
+            grpo_step.word_tokenizer(shape["vocab_size"]), numbered(problems), options, 500 if small else 4 * 1173)
 
 
 def stepper(config, policy, engine, problems, share: float, pass_tokens: int):
@@ -110,7 +110,7 @@ def job(name: str, small: bool, replicas: int, steps: int, vllm: dict, folder: P
         from cs336_alignment.side_by_side import ENGINE
         config, build, model, tokenizer, problems, options, pass_tokens = setting(name, small, folder)
         rows = []
-        with grpo_step.start_engine(model, replicas, config.rollout_batch_size, options | ENGINE | vllm) as engine:
+        with grpo_step.start_engine(model, tokenizer, replicas, config.rollout_batch_size, options | ENGINE | vllm) as engine:
             for share in (1.0, 0.4):
                 policy = build(torch.float32)
                 if grpo_step.on_gpu():

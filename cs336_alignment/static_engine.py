@@ -454,7 +454,7 @@ def split_waves(requests: Sequence[Request], rows: int, places: int) -> list[lis
             raise ValueError(f"a response of {r.limit} tokens to a prompt of {len(prompt)} needs more memory than "
                              f"there is for keys and values ({places} tokens): raise cache_gb, or free GPU memory")
         more = r.limit + (0 if prompt in known else len(prompt))
-        if waves[-1] and (len(waves[-1]) == rows or need + more > places):
+        if len(waves[-1]) == rows or need + more > places:
             waves, known, need, more = [*waves, []], set(), 1 + LOOK, own - 1 - LOOK
         known.add(prompt)
         need += more

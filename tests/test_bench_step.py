@@ -146,3 +146,12 @@ def test_trls_loss_and_gradient_are_ours(tmp_path):
     for row in trl["same_loss"].values():
         assert row["loss"]["TRL"] == pytest.approx(row["loss"]["ours"], abs=1e-6) and row["gradient_norm"] > 1e-3
         assert row["gradient_off"]["TRL"] < 1e-4 and row["gradient_off"].get("literal", 0) < 1e-9
+
+
+def test_random_words_are_a_token_each_for_every_engine(tmp_path):
+    with grpo_step.workload("course", True) as work:
+        with grpo_step.start_engine(work["model"], work["tokenizer"], 1, 4, {}) as engine:
+            assert {len(ids) for ids in engine.tokenizer(work["prompts"], add_special_tokens=False).input_ids} == {10}
+    out = tmp_path / "step.json"
+    assert grpo_step.measure_all(out, True, 1, 1, "course", {}) == 0
+    assert all("step_s" in row for row in json.loads(out.read_text())["course"]["variants"])
