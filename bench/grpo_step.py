@@ -279,8 +279,10 @@ def compare(work: dict, replicas: int, options: dict, steps: int, save) -> None:
     from cs336_alignment.vllm_engine import make_engine, vllm_problem
     half, build = torch.bfloat16 if on_gpu() else torch.float32, work["build"]
     config, problems, pass_tokens = work["config"], work["problems"], work["pass_tokens"]
+    prompt_tokens = list(map(len, work["tokenizer"](work["prompts"], add_special_tokens=False).input_ids))
     result = {"rollouts": config.rollout_batch_size, "group_size": config.group_size, "response_tokens": config.max_tokens,
-              "pass_tokens": pass_tokens, "engine_options": options, "vllm": vllm_number(),
+              "prompt_tokens": sum(prompt_tokens) / len(prompt_tokens), "pass_tokens": pass_tokens, "engine_options": options,
+              "vllm": vllm_number(),
               "matrix_tflops": matrix_rate() / 1e12, "variants": []}
 
     def attempt(name: str, make, n: int, share: float, rows=result["variants"]) -> None:  # after an error the others run
