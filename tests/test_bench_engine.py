@@ -160,13 +160,11 @@ def test_parts_are_timed_where_they_are_and_left_out_where_not():
 class FakeVLLM:
     """In place of VLLMEngine: each token takes a millisecond, half of it in `process_outputs` unless text is made late."""
 
-    def __init__(self, model, in_process=False, late_text=False, **options):
+    def __init__(self, model, tokenizer, in_process=False, late_text=False, **options):
         from types import SimpleNamespace as Thing
-
-        from cs336_alignment.models import load_policy
         if options.get("kv_cache_dtype"):
             raise RuntimeError("a traceback\nno such cache")
-        self.tokenizer = load_policy("micro", device="cpu")[1]
+        self.tokenizer = tokenizer
         core = Thing(output_processor=Thing(process_outputs=lambda: time.sleep(0 if self.backend.late_text else 0.0005)))
         core.step = lambda: (time.sleep(0.0005), core.output_processor.process_outputs())
         self.backend = Thing(late_text=late_text, llm=Thing(llm_engine=core))
