@@ -4,7 +4,8 @@
     python bench/training_pass.py --only course --seconds 240   # one shape; after so many seconds no further variant starts
     python bench/training_pass.py --small --out small.json  # a smoke test on any machine, under a minute
 
-Shapes: `pocket`, SmolLM2-135M, rows of 120 + 256 tokens; `course`, Qwen2.5-Math-1.5B, rows of 150 + 1,024. Weights are random,
+Shapes: `pocket`, SmolLM2-135M, rows of 120 + 256 tokens; `course`, Qwen2.5-Math-1.5B, rows of 150 + 1,024; eight rows have a prompt
+in common, which each repeats unless a variant says `a prompt once a group` (its MFU counts what is computed). Weights are random,
 in float32, products in bfloat16; the learning rate is 0, so that all variants see the same weights. Of a shape it measures:
 
 **products**: each matrix product of a pass alone, forward and both of the backward pass: the seconds that no kernel elsewhere
@@ -48,6 +49,7 @@ SHAPES = {  # configuration, tokens of prompt and response, rows, rows in a pass
 TINY = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True)  # heads of 64, as pocket's
 GPU, LIGER, LIGER_HOPPER = "a GPU", "liger_kernel", "liger_kernel, cutlass"
+GROUP = 8  # rows of one prompt
 CHECKED = 8  # rows whose loss and gradient are compared, at most those of a pass: float32 keeps four times as much
 VARIANTS = {  # what differs from today's path, and what it needs
     "today": ({}, None),
@@ -56,6 +58,7 @@ VARIANTS = {  # what differs from today's path, and what it needs
     "attention: cuDNN's": ({"attention": "packed_cudnn"}, GPU),
     "pass: twice the rows": ({"rows": 2}, None),
     "pass: three times the rows": ({"rows": 3}, None),
+    "pass: three times the rows, a prompt once a group": ({"rows": 3, "shared": True}, None),
     "output: one slice": ({"max_logits": 2**40}, None),
     "output: slices of one response": ({"max_logits": 1}, None),
     "output: not compiled": ({"output": "eager"}, None),
@@ -91,7 +94,8 @@ def make_rows(shape: str, small: bool) -> list:
     from cs336_alignment.packing import Example
     (config, prompt, response, n, _), rng = sizes(shape, small), random.Random(0)
     draw = lambda k: rng.choices(range(config["vocab_size"]), k=k)
-    return [Example(draw(prompt), draw(response), {"weight": (1.5, -0.5)[i % 2] / (n * response)}) for i in range(n)]
+    prompts = [draw(prompt) for _ in range(math.ceil(n / GROUP))]
+    return [Example(prompts[i // GROUP], draw(response), {"weight": (1.5, -0.5)[i % 2] / (n * response)}) for i in range(n)]
 
 
 def build(shape: str, small: bool):
@@ -112,12 +116,12 @@ def more_attention() -> None:
 
     from cs336_alignment import packing as P
 
-    def unrepeated(q, k, v, borders, longest):
-        return varlen.varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0))
+    def unrepeated(*args):
+        return varlen.varlen_attn(*args, window_size=(-1, 0))
 
-    def cudnn(q, k, v, borders, longest):  # the private operator: the public function hands causality over as a window
+    def cudnn(*args):  # the private operator: the public function hands causality over as a window
         with mock.patch.object(varlen, "_should_use_cudnn", lambda device: True):
-            return torch.ops.torch_attn._varlen_attn(q, k, v, borders, borders, longest, longest, True)[0]
+            return torch.ops.torch_attn._varlen_attn(*args, True)[0]
 
     for name, attend, grouped in (("packed_unrepeated", unrepeated, True), ("packed_cudnn", cudnn, False)):
         AttentionInterface.register(name, partial(P.packed_attention, attend, grouped=grouped))
@@ -193,6 +197,7 @@ def changed(model, options: dict):
                 layer.compile(**layers)
         if "attention" in options:
             P.use_attention(model, options["attention"])
+        later.enter_context(mock.patch.object(P, "SHARED", set(P.ATTENTION) if options.get("shared") else set()))
         later.enter_context(output_layer(options.get("output")))
         yield model
 
@@ -232,7 +237,8 @@ def exact(shape: str, small: bool, rows: list, tokens: int) -> tuple:
     """Loss and gradient with everything in float32, not compiled, the attention one example after the other."""
     from cs336_alignment import packing as P
     model = build(shape, small)
-    with (mock.patch.object(P, "compute_dtype", lambda model: model.dtype), output_layer("eager")):
+    with (mock.patch.object(P, "compute_dtype", lambda model: model.dtype), mock.patch.object(P, "SHARED", set()),
+          output_layer("eager")):
         return loss_and_gradient(model, rows, tokens, P.MAX_LOGITS)
 
 
@@ -265,7 +271,6 @@ def measure(shape: str, small: bool, options: dict, turns: int, references: dict
     """A row of the table: seconds, MFU, memory, differences from the references (the first becomes `today`)."""
     import torch
     from decode_profile import kernel_seconds
-    from training_throughput import model_flops
 
     from cs336_alignment import packing as P
     from cs336_alignment.distributed import clip_gradients
@@ -280,16 +285,17 @@ def measure(shape: str, small: bool, options: dict, turns: int, references: dict
         references.setdefault("today", found)
         optimizer = P.make_optimizer(model, 0.0)
         gradients = lambda: P.accumulate_gradients(model, rows, P.sft_loss, tokens, max_logits)
-        gradients(), optimizer.step()  # with the optimizer's state in place, memory is what it is in a run
+        passes = gradients()["micro_batches"]
+        optimizer.step()  # with the optimizer's state in place, memory is what it is in a run
         free_peak()
         seconds = clock(gradients, turns)
         steps = clock(lambda: (clip_gradients(model, 1.0), optimizer.step()), turns)
-        row |= {"passes": math.ceil(n / per_pass), "gradients_s": min(seconds), "gradients_s_all": seconds,
+        row |= {"passes": passes, "gradients_s": min(seconds), "gradients_s_all": seconds,
                 "optimizer_s": min(steps), "update_s": min(seconds) * 256 / n + min(steps),
-                "mfu": model_flops(model, rows, False) / min(seconds) / peak, "off": off}
+                "mfu": flops_of(model, rows, tokens) / min(seconds) / peak, "off": off}
         if G.on_gpu():
             row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        packed = P.pack(rows[:per_pass], model.device)
+        packed = P.pack_for(model, [rows[i] for i in P.passes(model, rows, tokens)[0]])
         one = lambda: P.backward_in_slices(model, packed, P.sft_loss, max_logits)
         row |= pass_parts(model, packed, max_logits, turns, min(clock(one, turns)))
         if profile:
@@ -297,6 +303,16 @@ def measure(shape: str, small: bool, options: dict, turns: int, references: dict
             largest = sorted(kernels.items(), key=lambda k: -k[1])[:30]
             row |= {"kernels_s": by_kind(kernels), "largest_kernels_ms": {k[:160]: 1e3 * v for k, v in largest}}
     return row
+
+
+def flops_of(model, rows: list, tokens: int) -> float:
+    """Model FLOPs of the rows, less those of prompts that share theirs with the row before in a pass."""
+    from training_throughput import model_flops
+
+    from cs336_alignment import packing as P
+    bins = P.passes(model, rows, tokens) if P.attention_of(model) in P.SHARED else []
+    again = [rows[j].prompt_ids for bin in bins for i, j in zip(bin, bin[1:]) if rows[i].prompt_ids == rows[j].prompt_ids]
+    return model_flops(model, rows, False) - model_flops(model, [P.Example([*ids, 0], []) for ids in again], False)
 
 
 def free_peak() -> None:
@@ -354,7 +370,8 @@ def attention_rows(shape: str, small: bool, rows: int, turns: int, names: dict[s
     def run(name: str, dtype) -> tuple:
         inputs = [x.to(dtype).requires_grad_() for x in true]
         attend = AttentionInterface()[name]
-        forward = lambda: attend(module, *inputs, None, scaling=d ** -0.5, cu_seq_lens_q=borders, max_length_q=n)[0]
+        forward = lambda: attend(module, *inputs, None, scaling=d ** -0.5, cu_seq_lens_q=borders, max_length_q=n,
+                                 cu_seq_lens_k=borders, max_length_k=n)[0]
         both = lambda: torch.autograd.grad(forward(), inputs, up.to(dtype))
         return forward, both, [x.float() for x in (forward().detach(), *both())]
 

@@ -176,7 +176,7 @@ def accumulate_dpo(model, rows: Sequence[tuple], reference, beta: float, max_tok
     """
     ratios = torch.empty(len(rows), 2, dtype=torch.float64)
     for some in packing.pack_rows([len(a) + len(b) for a, b in rows], max_tokens):
-        packed = packing.pack([example for i in some for example in rows[i]], model.device)
+        packed = packing.pack_for(model, [example for i in some for example in rows[i]])
         with packing.packed_mode(model):
             hidden = packing.hidden_states(model, packed)
             log_probs, _ = packing.head_log_probs(model, hidden, packed.labels)

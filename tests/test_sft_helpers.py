@@ -1,6 +1,7 @@
 """The SFT helpers against an independent float64 re-implementation: numpy, loops over rows and tokens, no torch.nn."""
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 from functools import partial
@@ -228,6 +229,63 @@ def test_bins_hold_every_row_once_within_the_budget(seed):
     assert len(bins) <= 1 + 1.5 * sum(lengths) / 120
 
 
+def random_groups(seed):
+    """Groups of 1 to 5 rows of one prompt, in any order; some responses are of one token."""
+    rng = np.random.default_rng(seed)
+    rows = [replace(e, response_ids=e.response_ids[:rng.integers(1, 9)]) for e in random_examples(20, seed)]
+    rows = [replace(e, prompt_ids=rows[i - i % rng.integers(1, 6)].prompt_ids) for i, e in enumerate(rows)]
+    return [rows[i] for i in rng.permutation(20)]
+
+
+def shared_tokens(rows):
+    """Tokens of a bin that has each prompt once."""
+    prompts = {tuple(e.prompt_ids) for e in rows}
+    return sum(map(len, prompts)) + sum(len(e.response_ids) - 1 for e in rows)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_are_cut_into_the_fewest_bins_and_the_smallest_largest(seed):
+    rows, multiple = random_groups(seed), seed % 3 + 1
+    bins = P.pack_groups(rows, 40, multiple)
+    filled = [b for b in bins if b]
+    order = sum(bins, [])
+    assert sorted(order) == list(range(len(rows))) and len(bins) % multiple == 0
+    prompts = [tuple(rows[i].prompt_ids) for i in order]
+    changes = sum(a != b for a, b in zip(prompts, prompts[1:]))
+    assert changes == len(set(prompts)) - 1  # no group in two places
+    size = [[shared_tokens([rows[i] for i in order[a:b]]) for b in range(len(order) + 1)] for a in range(len(order) + 1)]
+    best = {(0, 0): 0}  # (rows, bins): the smallest largest bin, over all ways to cut this sequence
+    for n, k in itertools.product(range(1, len(order) + 1), range(1, len(bins) + 1)):
+        ways = [max(best[a, k - 1], size[a][n]) for a in range(n) if (a, k - 1) in best]
+        best |= {(n, k): min(ways)} if ways else {}
+    fewest = min(k for (n, k), largest in best.items() if n == len(order) and largest <= 40)
+    assert len(bins) == -(-fewest // multiple) * multiple
+    assert max(shared_tokens([rows[i] for i in b]) for b in filled) == min(best.get((len(order), k), 99) for k in range(1, len(bins) + 1))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_prompt_once_a_group_changes_no_gradient_and_no_log_prob(seed, monkeypatch):
+    model, weights = tiny("qwen" if seed % 2 else "llama"), np.random.default_rng(seed).normal(size=20).tolist()
+    rows = [replace(e, side={"weight": w}) for e, w in zip(random_groups(seed), weights)]
+    rows = [*rows[:5], P.Example([3], [], {"weight": 1.0}), *rows[5:]]  # an empty response is passed over
+    seen = []
+    monkeypatch.setattr(P, "hidden_states", lambda model, packed, call=P.hidden_states: seen.append(packed) or call(model, packed))
+    found = {}
+    for shared in (True, False):
+        monkeypatch.setattr(P, "SHARED", {"packed"} if shared else set())
+        for budget in (30, 1000):
+            metrics = P.accumulate_gradients(model, rows, P.sft_loss, budget)
+            log_probs = P.packed_log_probs(model, rows, budget)
+            found[shared, budget] = metrics["loss"], gradient(model), torch.cat([torch.stack(pair) for pair in log_probs], dim=1)
+    tokens = [packed.input_ids.numel() for packed in seen]
+    once, each = shared_tokens([e for e in rows if e.response_ids]), sum(map(len, rows))
+    for loss, g, scores in found.values():
+        close(loss, found[False, 1000][0])
+        close(g, found[False, 1000][1], 1e-6)  # RMSNorm rounds to float32
+        close(scores, found[False, 1000][2], 1e-6)
+    assert once in tokens and max(tokens) == each > once
+
+
 def padded_gradient(model, examples, weights):
     """Σ weight · −log p by a padded forward pass, picked out and summed in loops."""
     rows = [[*e.prompt_ids, *e.response_ids] for e in examples]
@@ -351,16 +409,18 @@ def test_varlen_is_called_as_it_wants_to_be(monkeypatch):
     signature = inspect.signature(varlen.varlen_attn)
 
     def stand_in(*args, **kwargs):
-        q, k, v, borders, _, longest, _ = args
+        q, k, v, queries, keys, longest_q, longest_k = args
         signature.bind(*args, **kwargs)
-        assert q.shape == k.shape == v.shape and borders.dtype == torch.int32 and longest == borders.diff().max()
-        return P.looped_attention(q, k, v, borders, longest)
+        assert q.shape[1:] == k.shape[1:] == v.shape[1:] and queries.dtype == keys.dtype == torch.int32
+        assert longest_q == queries.diff().max() and longest_k == keys.diff().max() and queries.diff().min() > 0
+        assert (len(q), len(k)) == (queries[-1], keys[-1]) and len(queries) == len(keys)
+        return P.looped_attention(*args)
 
     stand_in.__signature__ = signature
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     P.register_varlen.cache_clear()
     P.register_varlen()
-    model, batch = tiny("qwen"), P.sft_examples(random_examples())
+    model, batch = tiny("qwen"), P.sft_examples(random_groups(0))
     P.accumulate_gradients(model, batch, P.sft_loss)
     expected = gradient(model)
     AttentionInterface.register("packed", AttentionInterface()["packed_varlen"])

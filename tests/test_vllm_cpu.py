@@ -473,7 +473,8 @@ def test_the_bench_of_a_step_measures_both_sides_and_any_number_of_engines(tmp_p
         assert {*ours[0]["phases_s"]} == {"rollout", "reward", "old", "update", "sync"}
         assert setting["engine_options"]["enforce_eager"]
         assert len(setting["speedups"]) == len(ours) == 2
-    assert [list(result[name]["rollout_s_by_engines"]) for name in ("pocket", "course")] == [["1", "2"], []]
+        assert list(setting["with_vllm"]["rollout_s_by_engines"]) == ["1", "2"]
+        assert len(setting["with_vllm"]["variants"]) == 2 and all("step_s" in row for row in setting["with_vllm"]["variants"])
 
 
 def test_the_bench_of_the_engine_runs_small_with_every_part_that_needs_no_gpu(tmp_path):
