@@ -197,7 +197,7 @@ def changed(model, options: dict):
                 layer.compile(**layers)
         if "attention" in options:
             P.use_attention(model, options["attention"])
-        later.enter_context(mock.patch.object(P, "SHARED", set(P.ATTENTION) if options.get("shared") else set()))
+        later.enter_context(mock.patch.object(P, "SHARE_PROMPTS", set(P.ATTENTION) if options.get("shared") else set()))
         later.enter_context(output_layer(options.get("output")))
         yield model
 
@@ -237,7 +237,7 @@ def exact(shape: str, small: bool, rows: list, tokens: int) -> tuple:
     """Loss and gradient with everything in float32, not compiled, the attention one example after the other."""
     from cs336_alignment import packing as P
     model = build(shape, small)
-    with (mock.patch.object(P, "compute_dtype", lambda model: model.dtype), mock.patch.object(P, "SHARED", set()),
+    with (mock.patch.object(P, "compute_dtype", lambda model: model.dtype), mock.patch.object(P, "SHARE_PROMPTS", set()),
           output_layer("eager")):
         return loss_and_gradient(model, rows, tokens, P.MAX_LOGITS)
 
@@ -295,7 +295,7 @@ def measure(shape: str, small: bool, options: dict, turns: int, references: dict
                 "mfu": flops_of(model, rows, tokens) / min(seconds) / peak, "off": off}
         if G.on_gpu():
             row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        packed = P.pack_for(model, [rows[i] for i in P.passes(model, rows, tokens)[0]])
+        packed = P.pack_for(model, [rows[i] for i in P.bins_for(model, rows, tokens)[0]])
         one = lambda: P.backward_in_slices(model, packed, P.sft_loss, max_logits)
         row |= pass_parts(model, packed, max_logits, turns, min(clock(one, turns)))
         if profile:
@@ -310,7 +310,7 @@ def flops_of(model, rows: list, tokens: int) -> float:
     from training_throughput import model_flops
 
     from cs336_alignment import packing as P
-    bins = P.passes(model, rows, tokens) if P.attention_of(model) in P.SHARED else []
+    bins = P.bins_for(model, rows, tokens) if P.attention_of(model) in P.SHARE_PROMPTS else []
     again = [rows[j].prompt_ids for bin in bins for i, j in zip(bin, bin[1:]) if rows[i].prompt_ids == rows[j].prompt_ids]
     return model_flops(model, rows, False) - model_flops(model, [P.Example([*ids, 0], []) for ids in again], False)
 

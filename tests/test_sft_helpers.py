@@ -272,7 +272,7 @@ def test_a_prompt_once_a_group_changes_no_gradient_and_no_log_prob(seed, monkeyp
     monkeypatch.setattr(P, "hidden_states", lambda model, packed, call=P.hidden_states: seen.append(packed) or call(model, packed))
     found = {}
     for shared in (True, False):
-        monkeypatch.setattr(P, "SHARED", {"packed"} if shared else set())
+        monkeypatch.setattr(P, "SHARE_PROMPTS", {"packed"} if shared else set())
         for budget in (30, 1000):
             metrics = P.accumulate_gradients(model, rows, P.sft_loss, budget)
             log_probs = P.packed_log_probs(model, rows, budget)
@@ -284,6 +284,16 @@ def test_a_prompt_once_a_group_changes_no_gradient_and_no_log_prob(seed, monkeyp
         close(g, found[False, 1000][1], 1e-6)  # RMSNorm rounds to float32
         close(scores, found[False, 1000][2], 1e-6)
     assert once in tokens and max(tokens) == each > once
+
+
+def test_only_equal_prompts_are_shared():
+    rows = [P.Example(ids, [9, 8, 7]) for ids in ([4, 5], [4, 6], [4], [4, 5], [4, 5, 9], (4, 5))]
+    order = [0, 3, 5, 1, 2, 4]
+    assert P.pack_groups(rows, 99) == [order]
+    packed = P.pack([rows[i] for i in order], shared=True)
+    assert packed.input_ids.tolist() == [[4, 5, 9, 8, 9, 8, 9, 8, 4, 6, 9, 8, 4, 9, 8, 4, 5, 9, 9, 8]]
+    assert packed.cu_seq_lens.tolist() == [0, 4, 6, 8, 12, 15, 20] and packed.cu_seq_lens_k.tolist() == [0, 4, 8, 12, 16, 19, 24]
+    assert P.pack(rows, shared=False).key_index is None and P.pack(rows[:3], shared=True).key_index is None
 
 
 def padded_gradient(model, examples, weights):
