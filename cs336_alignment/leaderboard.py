@@ -7,14 +7,14 @@ __all__ = ['grpo_runs', 'inference', 'models', 'packing', 'torch', 'SPARE', 'Sta
            'GRPO_SIZES', 'FOREVER', 'OF_THE_RUN', 'NOT_OF_SFT', 'CLOCKS', 'WHOLE_TEST', 'WARM_UP', 'FRESH', 'Clock',
            'steps_until', 'recipes', 'only_finetunes', 'LeaderboardConfig', 'stage_settings', 'track_settings',
            'check_changes', 'leaderboard_config', 'sft_turn', 'solved_sometimes', 'begin_stage', 'run_stage',
-           'take_back', 'evaluate_at', 'evaluation_config', 'other_gpus', 'begin_run', 'run_leaderboard', 'keep_some',
-           'end_run', 'search_accuracy', 'to_confirm', 'confirmed', 'leaderboard_runs', 'check_leaderboard',
-           'show_leaderboard']
+           'copy_weights', 'evaluate_at', 'evaluation_config', 'other_gpus', 'begin_run', 'run_leaderboard',
+           'keep_some', 'end_run', 'search_accuracy', 'to_confirm', 'confirmed', 'leaderboard_runs',
+           'check_leaderboard', 'show_leaderboard']
 
 # %% ../nbs/18_leaderboard.ipynb #cf39b9af
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -264,13 +264,12 @@ def run_stage(s, config: LeaderboardConfig, number: int, place: dict, clock: Clo
     turn, kind = begin_stage(s, config, number, place), config.stages[number]["kind"]
     end, begin = config.stages[number]["until"] * config.budget_s, place.setdefault("began_s", clock.now())
     mark = lambda: int(clock.now() / config.budget_s * config.evaluations)
-    seen, first = mark(), place["step"] + 1
-    for step in steps_until(clock, end, first):
-        late = clock.now() > 0.9 * config.budget_s or step == first
-        copy = [p.detach().clone() for p in s.policy.parameters()] if late else None
+    seen, copy = mark(), [p.detach().clone() for p in s.policy.parameters()]
+    for step in steps_until(clock, end, place["step"] + 1):
+        copy_weights(s.policy.parameters(), copy)
         line = turn(step, min(1.0, (clock.now() - begin) / (end - begin)))
         if clock.now() > config.budget_s:
-            take_back(s, copy, clock)
+            copy_weights(copy, s.policy.parameters())  # the step is taken back
             break
         place |= {"step": step, kind: place[kind] + 1, "clock_s": clock.now()}
         log_metrics(s.run, s.run.logged + 1, line | {"train/clock_s": place["clock_s"]})
@@ -284,13 +283,10 @@ def run_stage(s, config: LeaderboardConfig, number: int, place: dict, clock: Clo
     return True
 
 # %% ../nbs/18_leaderboard.ipynb #bcf57417
-def take_back(s, copy: list | None, clock: Clock) -> None:
-    """Undoes a step that ended after the budget. Raises ValueError if no copy was kept, as nobody expected it."""
-    if copy is None:
-        raise ValueError(f"a step ended {clock.now() - clock.budget_s:.1f} s after the budget of {clock.budget_s:g} s, "
-                         "and far later than the ones before it: is the machine busy? Run it again with force")
-    for p, before in zip(s.policy.parameters(), copy):
-        p.data.copy_(before)
+def copy_weights(source: Iterable, target: Iterable) -> None:
+    """Copies tensor by tensor, in place."""
+    for a, b in zip(source, target, strict=True):
+        b.data.copy_(a.data)
 
 
 def evaluate_at(s, place: dict) -> None:

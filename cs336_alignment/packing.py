@@ -126,9 +126,9 @@ class Packed:
     """Examples laid end to end: T tokens without padding, R of their successors being response tokens."""
     input_ids: Tensor  # (1, T)
     position_ids: Tensor  # (1, T), from 0 in every example
-    cu_seq_lens: Tensor  # (examples + 1,) int32, where the tokens of each example begin and end
-    max_length: int  # tokens of an example
-    cu_seq_lens_k: Tensor  # (examples + 1,) int32, the same for its keys; more with a prompt that is shared
+    cu_seq_lens: Tensor  # (examples that bring tokens + 1,) int32, where these begin and end
+    max_length: int  # tokens an example brings
+    cu_seq_lens_k: Tensor  # the same of its keys: more than its tokens where it shares a prompt
     max_length_k: int
     key_index: Tensor | None  # (keys,) the position of each key; None: every example has its own
     index: Tensor  # (R,) the position whose hidden state predicts each response token

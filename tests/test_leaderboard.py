@@ -78,9 +78,10 @@ def test_a_step_that_ends_too_late_is_taken_back(tmp_path, ticks, monkeypatch):
     summary = run_leaderboard(leaderboard_config("micro", "sft", **TINY | {"budget_s": 10.0, "evaluations": 1}), tmp_path)
     assert (summary["sft_steps"], summary["steps"], summary["final"]["clock_s"]) == (23, 23, 9.2) and seen[-1]["at"] == 9.2
     assert all(torch.equal(before, p) for before, p in zip(seen[-1]["weights"], evaluated[-1], strict=True))
-    seconds["sft"] = lambda now: 0.4 if now < 3 else 20.0  # nobody could expect it so early
-    with pytest.raises(ValueError, match="far later than the ones before it"):
-        run_leaderboard(leaderboard_config("micro", "sft", 1, **TINY | {"budget_s": 10.0}), tmp_path)
+    seconds["sft"] = lambda now: 0.4 if now < 3 else 20.0  # a stall, when nobody could expect it
+    summary = run_leaderboard(leaderboard_config("micro", "sft", 1, **TINY | {"budget_s": 10.0, "evaluations": 1}), tmp_path)
+    assert (summary["sft_steps"], summary["final"]["clock_s"]) == (8, 3.2) and seen[-1]["at"] == 3.2
+    assert all(torch.equal(before, p) for before, p in zip(seen[-1]["weights"], evaluated[-1], strict=True))
 
 
 def test_on_a_real_clock_no_run_takes_more_than_its_budget(tmp_path):
@@ -97,18 +98,6 @@ def test_a_budget_without_room_for_a_step_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="a budget of 3 s is too small: .* went into loading"):
             run_leaderboard(config, tmp_path, spent=spent)
     assert read_metrics(run_folder(config, tmp_path)) == [] and not read_summary(run_folder(config, tmp_path))
-
-
-def test_a_copy_brings_the_weights_back():
-    class S:
-        policy = torch.nn.Linear(2, 2)
-    before = [p.detach().clone() for p in S.policy.parameters()]
-    with torch.no_grad():
-        S.policy.weight += 1
-    leaderboard.take_back(S, before, Clock(1.0))
-    assert all(torch.equal(p, b) for p, b in zip(S.policy.parameters(), before))
-    with pytest.raises(ValueError, match="after the budget of 1 s"):
-        leaderboard.take_back(S, None, Clock(1.0, spent=3.0))
 
 
 def test_the_clock_of_a_killed_run_goes_on(tmp_path, ticks, monkeypatch):
