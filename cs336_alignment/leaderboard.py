@@ -7,7 +7,7 @@ __all__ = ['grpo_runs', 'inference', 'models', 'packing', 'torch', 'SPARE', 'Sta
            'GRPO_SIZES', 'FOREVER', 'OF_THE_RUN', 'NOT_OF_SFT', 'CLOCKS', 'WHOLE_TEST', 'WARM_UP', 'FRESH', 'Clock',
            'steps_until', 'recipes', 'only_finetunes', 'LeaderboardConfig', 'stage_settings', 'track_settings',
            'check_changes', 'leaderboard_config', 'sft_turn', 'solved_sometimes', 'begin_stage', 'run_stage',
-           'copy_weights', 'evaluate_at', 'evaluation_config', 'other_gpus', 'begin_run', 'run_leaderboard',
+           'copy_tensors', 'evaluate_at', 'evaluation_config', 'other_gpus', 'begin_run', 'run_leaderboard',
            'keep_some', 'end_run', 'search_accuracy', 'to_confirm', 'confirmed', 'leaderboard_runs',
            'check_leaderboard', 'show_leaderboard']
 
@@ -266,10 +266,10 @@ def run_stage(s, config: LeaderboardConfig, number: int, place: dict, clock: Clo
     mark = lambda: int(clock.now() / config.budget_s * config.evaluations)
     seen, copy = mark(), [p.detach().clone() for p in s.policy.parameters()]
     for step in steps_until(clock, end, place["step"] + 1):
-        copy_weights(s.policy.parameters(), copy)
+        copy_tensors(s.policy.parameters(), copy)
         line = turn(step, min(1.0, (clock.now() - begin) / (end - begin)))
         if clock.now() > config.budget_s:
-            copy_weights(copy, s.policy.parameters())  # the step is taken back
+            copy_tensors(copy, s.policy.parameters())  # the step is taken back
             break
         place |= {"step": step, kind: place[kind] + 1, "clock_s": clock.now()}
         log_metrics(s.run, s.run.logged + 1, line | {"train/clock_s": place["clock_s"]})
@@ -283,7 +283,7 @@ def run_stage(s, config: LeaderboardConfig, number: int, place: dict, clock: Clo
     return True
 
 # %% ../nbs/18_leaderboard.ipynb #bcf57417
-def copy_weights(source: Iterable, target: Iterable) -> None:
+def copy_tensors(source: Iterable, target: Iterable) -> None:
     """Copies tensor by tensor, in place."""
     for a, b in zip(source, target, strict=True):
         b.data.copy_(a.data)
