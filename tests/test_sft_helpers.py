@@ -442,6 +442,35 @@ def test_varlen_is_called_as_it_wants_to_be(monkeypatch):
         P.register_varlen.cache_clear()
 
 
+def dense_attention(q, k, v, queries, keys, longest_q, longest_k, causal):
+    """What a variable-length kernel computes, in operators that torch.compile can trace on a CPU."""
+    def example_and_end(borders, n):
+        example = torch.searchsorted(borders, torch.arange(n, dtype=torch.int32), right=True)
+        return example, borders[example] - torch.arange(n)
+    (row, left), (column, right) = example_and_end(queries, len(q)), example_and_end(keys, len(k))
+    seen = (row[:, None] == column) & (left[:, None] <= right)  # as many tokens before the end, or more
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[2] ** 0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
+
+
+def test_compiled_layers_take_shared_prompts_of_any_lengths_in_one_graph(monkeypatch):
+    """As on a GPU, but for the kernel and the code that is generated."""
+    AttentionInterface.register("packed_dense", partial(P.packed_attention, partial(dense_attention, causal=True)))
+    monkeypatch.setitem(P.ATTENTION, "packed_dense", lambda: None)
+    monkeypatch.setattr(P, "SHARE_PROMPTS", {"packed_dense"})
+    plain, model = tiny("qwen"), tiny("qwen")
+    model.packed_attention = "packed_dense"
+    torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=True, backend="aot_eager")
+    for seed in range(4):
+        batch = P.sft_examples(random_groups(seed))
+        for policy in (plain, model):
+            P.accumulate_gradients(policy, batch, P.sft_loss)
+        close(gradient(model), gradient(plain), 1e-6)  # RMSNorm rounds to float32
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 and not torch._dynamo.utils.counters["graph_break"]
+
+
 # --- refusals
 
 def test_bad_batches_are_refused_and_leave_the_weights_alone():
