@@ -15,7 +15,7 @@ a non-zero advantage is known, all or 40%; and responses have the full length (i
 counts, after one to warm up; all are kept (`step_s_all`). Peak memory: the trainer's (torch's max_memory_allocated) and the
 whole GPU's (nvidia-smi, with the engines' reserved caches). `response_tokens_per_s`: sampled tokens over the step's seconds.
 `update_mfu`: model FLOPs of the responses with an advantage (`model_flops` of training_throughput.py: no padding, no
-recomputation, no second forward pass counts) over the update's seconds and the bfloat16 matrix rate measured here.
+recomputation, no second forward pass counts; of our rows a prompt once a group where they share it) over the update's seconds and the bfloat16 matrix rate measured here.
 """
 
 import importlib.util
@@ -122,8 +122,8 @@ def matrix_rate() -> float:
     return matrix_peak(8192 if on_gpu() else 256)
 
 
-def step_flops(work: dict) -> float:
-    """Model FLOPs of training on all responses of a step, once."""
+def step_flops(work: dict, shared: bool) -> float:
+    """Model FLOPs of training on all responses of a step, once. shared: a group's prompt counts once."""
     import torch
     from training_throughput import model_flops
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -133,13 +133,14 @@ def step_flops(work: dict) -> float:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(work["model"]))
     lengths = map(len, work["tokenizer"](work["prompts"], add_special_tokens=False).input_ids)
     examples = [Example([0] * k, [0] * work["tokens"]) for k in lengths for _ in range(work["group"])]
-    return model_flops(model, examples, logits_everywhere=False)
+    again = [Example([*e.prompt_ids, 0], []) for i, e in enumerate(examples) if shared and i % work["group"]]
+    return model_flops(model, examples, logits_everywhere=False) - model_flops(model, again, logits_everywhere=False)
 
 
-def rates(work: dict, step_s: float, update_s: float, share: float) -> dict[str, float]:
-    """Tokens a second over the step, and the MFU of an update on `share` of the responses."""
+def rates(work: dict, step_s: float, update_s: float, share: float, shared: bool = False) -> dict[str, float]:
+    """Tokens a second over the step, and the MFU of an update on `share` of the responses (shared: see `step_flops`)."""
     return {"response_tokens_per_s": work["n"] * work["tokens"] / step_s,
-            "update_mfu": share * step_flops(work) / update_s / matrix_rate()}
+            "update_mfu": share * step_flops(work, shared) / update_s / matrix_rate()}
 
 
 def show_row(row: dict) -> None:
@@ -167,7 +168,9 @@ def measure(name: str, step, n: int, work: dict, share: float) -> dict:
             turns.append((time.perf_counter() - start, phases))
     best, phases = min(turns, key=lambda turn: turn[0])
     row = {"variant": name, "step_s": best, "phases_s": phases, "first_step_s": first, "step_s_all": [s for s, _ in turns]}
-    row |= rates(work, best, phases["update"], share)
+    from cs336_alignment.packing import SHARE_PROMPTS
+    shared = name.startswith("ours") and ("packed_varlen" if on_gpu() else "packed") in SHARE_PROMPTS
+    row |= rates(work, best, phases["update"], share, shared)
     if on_gpu():
         row |= {"trainer_peak_gb": torch.cuda.max_memory_allocated() / 1e9, "gpu_peak_gb": gpu.peak}
     show_row(row)
