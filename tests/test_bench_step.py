@@ -155,3 +155,14 @@ def test_random_words_are_a_token_each_for_every_engine(tmp_path):
     out = tmp_path / "step.json"
     assert grpo_step.measure_all(out, True, 1, 1, "course", {}) == 0
     assert all("step_s" in row for row in json.loads(out.read_text())["course"]["variants"])
+
+
+def test_a_steps_flops_have_a_shared_prompt_once():
+    """Each prompt of a group counts once where it is shared; what is left is that of one prompt and all responses."""
+    with grpo_step.workload("pocket", True) as work:
+        each, once = (grpo_step.step_flops(work, shared) for shared in (False, True))
+        alone = grpo_step.step_flops(work | {"group": 1}, False)
+        assert once < each and grpo_step.step_flops(work | {"group": 1}, True) == alone
+        longer = work | {"prompts": [prompt * 2 for prompt in work["prompts"]]}  # adds its tokens to each response, or once
+        more = [grpo_step.step_flops(longer, shared) - flops for shared, flops in ((False, each), (True, once))]
+        assert more[0] > 2 * more[1] > 0 and work["group"] == 4
