@@ -343,11 +343,13 @@ def settings(small: bool, n: int, group: int, max_tokens: int, prompt: str):
 
 @contextmanager
 def workload(name: str, small: bool):
-    """What all sides of a setting do: its model, questions and sizes; for as long as the block runs."""
+    """What all sides of a setting do: its model, questions and sizes; for as long as the block runs. In all processes the same."""
     import tempfile
 
     from cs336_alignment.data import fill_prompt, load_prompt
-    with tempfile.TemporaryDirectory(prefix="grpo_step_") as folder:
+    from cs336_alignment.distributed import on_rank_zero
+    with tempfile.TemporaryDirectory(prefix="grpo_step_") as own:
+        folder = on_rank_zero(lambda: own)
         work = {"pocket": pocket_work, "course": course_work}[name](small, folder)
         config = settings(small, work["n"], work["group"], work["tokens"], work.pop("prompt"))
         template = load_prompt(config.prompt)
@@ -373,6 +375,7 @@ def course_work(small: bool, folder: str) -> dict:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from cs336_alignment.data import Problem
+    from cs336_alignment.distributed import on_rank_zero
     shape, rng = TINY if small else QWEN_1_5B, random.Random(0)
     n, group, length, tokens, pass_tokens = (16, 4, 10, 16, 500) if small else (256, 8, 150, 1024, 10 * 1173)
     problems = [Problem(" ".join(f"t{i}" for i in rng.choices(range(3, 90), k=length)), "0") for _ in range(n // group)]
@@ -382,9 +385,8 @@ def course_work(small: bool, folder: str) -> dict:
         with torch.device("cuda" if on_gpu() else "cpu"):
             return Qwen2ForCausalLM(Qwen2Config(**shape)).to(dtype)
 
-    tokenizer = save_random_weights(build, shape["vocab_size"], folder)
-    (Path(folder) / "bare.prompt").write_text("{question}")
-    return {"model": folder, "build": build, "tokenizer": tokenizer, "problems": problems, "prompt": f"{folder}/bare.prompt",
+    on_rank_zero(lambda: save_random_weights(build, shape["vocab_size"], folder))
+    return {"model": folder, "build": build, "tokenizer": word_tokenizer(shape["vocab_size"]), "problems": problems, "prompt": f"{folder}/bare.prompt",
             "n": n, "group": group, "tokens": tokens, "pass_tokens": pass_tokens, "context": length + tokens + 106}
 
 
@@ -432,14 +434,13 @@ def lean(small: bool, replicas: int, steps: int, vllm: dict, save) -> None:
                 free()
 
 
-def save_random_weights(build, vocab_size: int, folder: str):
-    """A policy with random weights, for the engine; returns its tokenizer."""
+def save_random_weights(build, vocab_size: int, folder: str) -> None:
+    """A policy with random weights and a tokenizer, for the engine; and a prompt that is the question."""
     import torch
     build(torch.bfloat16).save_pretrained(folder)
-    tokenizer = word_tokenizer(vocab_size)
-    tokenizer.save_pretrained(folder)
+    word_tokenizer(vocab_size).save_pretrained(folder)
+    (Path(folder) / "bare.prompt").write_text("{question}")
     free()
-    return tokenizer
 
 
 def word_tokenizer(vocab_size: int):

@@ -1,4 +1,4 @@
-"""Strong scaling of a GRPO step: the same responses on 1, 2 and 4 GPUs of this machine, with the seconds of each phase (E9).
+"""Strong scaling of a GRPO step: as many responses on 1, 2 and 4 GPUs of this machine, with the seconds of each phase (E9).
 
     python bench/scaling.py                                       # both shapes; about ten minutes on four GPUs
     python bench/scaling.py --only course --gpus 1,2,4,8
@@ -9,6 +9,8 @@ the groups with an advantage. Each number of GPUs is a job of its own, under `ac
 fastest of `--steps` counts, in the process that took longest. Rewards are random; grading is not part of the step."""
 import json
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -38,44 +40,6 @@ class RewardsByText:
         return {"format_reward": right, "answer_reward": right, "reward": right}
 
 
-def setting(name: str, small: bool, folder: Path):
-    """(configuration, build(dtype), the engine's model, its tokenizer, problems, engine options, tokens a pass)."""
-    import random
-    from dataclasses import replace
-
-    import torch
-    from training_throughput import QWEN_1_5B
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from cs336_alignment.data import Problem, load_problems
-    from cs336_alignment.distributed import on_rank_zero
-    from cs336_alignment.models import load_policy
-    n, group = (16, 4) if small else (256, 8)
-    numbered = lambda problems: [replace(p, ground_truth=str(i)) for i, p in enumerate(problems)]
-    if name == "pocket":
-        model, data, prompt, tokens = ("micro", "micro", "micro", 12) if small else ("smollm2-135m", "gsm_symbolic", "r1_zero", 256)
-        return (grpo_step.settings(small, n, group, tokens, prompt), lambda dtype: load_policy(model, dtype=dtype)[0], model,
-                load_policy(model)[1], numbered(load_problems(data, "train", n=n // group)), {"gpu_memory_utilization": 0.2},
-                500 if small else 32_768)
-    shape, length, tokens = (grpo_step.TINY, 10, 16) if small else (QWEN_1_5B, 150, 1024)
-    rng = random.Random(0)
-    problems = [Problem(" ".join(f"t{i}" for i in rng.choices(range(3, 90), k=length)), "0") for _ in range(n // group)]
-
-    def build(dtype):
-        torch.manual_seed(0)
-        with torch.device("cuda" if grpo_step.on_gpu() else "cpu"):
-            return Qwen2ForCausalLM(Qwen2Config(**shape)).to(dtype)
-
-    def save():
-        grpo_step.save_random_weights(build, shape["vocab_size"], str(folder))
-        (folder / "bare.prompt").write_text("{question}")
-
-    on_rank_zero(save)
-    options = {"gpu_memory_utilization": 0.19, "max_model_len": length + tokens + 106}
-    return (grpo_step.settings(small, n, group, tokens, f"{folder}/bare.prompt"), build, str(folder),
-            grpo_step.word_tokenizer(shape["vocab_size"]), numbered(problems), options, 500 if small else 4 * 1173)
-
-
 def stepper(config, policy, engine, problems, share: float, pass_tokens: int):
     """A function that makes a GRPO step and returns its seconds by phase, the longest of all processes."""
     from itertools import count
@@ -100,28 +64,41 @@ def stepper(config, policy, engine, problems, share: float, pass_tokens: int):
     return step
 
 
-def job(name: str, small: bool, replicas: int, steps: int, vllm: dict, folder: Path, out: Path) -> None:
+def job(name: str, small: bool, engine: str, replicas: int, steps: int, out: Path) -> None:
     """Measures one shape with as many processes as there are; process 0 writes its rows."""
     from cs336_alignment.distributed import joined, on_rank_zero, processes
-    with joined():  # before anything looks at the GPUs
+    with joined(), grpo_step.workload(name, small) as work:  # joined before anything looks at the GPUs
         import torch
 
         from cs336_alignment.packing import compile_policy
-        from cs336_alignment.side_by_side import ENGINE
-        config, build, model, tokenizer, problems, options, pass_tokens = setting(name, small, folder)
-        rows = []
-        with grpo_step.start_engine(model, tokenizer, replicas, config.rollout_batch_size, options | ENGINE | vllm) as engine:
+        config, rows = work["config"], []
+        problems = [replace(p, ground_truth=str(i)) for i, p in enumerate(work["problems"])]
+        with start_engine(engine, work, replicas) as e:
             for share in (1.0, 0.4):
-                policy = build(torch.float32)
+                policy = work["build"](torch.float32)
                 if grpo_step.on_gpu():
                     compile_policy(policy)
-                row = grpo_step.measure(f"{name}, {processes()} process(es), {share:.0%} mixed groups",
-                                        stepper(config, policy, engine, problems, share, pass_tokens), steps)
+                row = grpo_step.measure(f"ours, {name}, {processes()} process(es), {share:.0%} mixed groups",
+                                        stepper(config, policy, e, problems, share, work["pass_tokens"]), steps, work, share)
+                row["update_mfu"] /= processes()  # of all GPUs
                 trained = row["phases_s"].pop("share_trained")
                 rows.append({"shape": name, "processes": processes(), "mixed_groups": share, "share_trained": trained} | row)
                 del policy
                 grpo_step.free()
         on_rank_zero(lambda: out.write_text(json.dumps(rows)) and None)
+
+
+def start_engine(kind: str, work: dict, replicas: int):
+    """An engine of this process: the static one, or vLLM's replicas."""
+    import torch
+
+    from cs336_alignment.side_by_side import ENGINE
+    from cs336_alignment.vllm_engine import make_engine
+    if kind == "static":
+        half = torch.bfloat16 if grpo_step.on_gpu() else torch.float32
+        return make_engine(work["model"], kind="static", tokenizer=work["tokenizer"], dtype=half, verbose=False)
+    options = {"gpu_memory_utilization": 0.2, "max_model_len": work["context"]} | ENGINE
+    return grpo_step.start_engine(work["model"], work["tokenizer"], replicas, work["n"], options)
 
 
 # --- the command: a job for each shape and number
@@ -146,16 +123,19 @@ def with_efficiency(rows: list[dict]) -> list[dict]:
     return [r | {"efficiency": base(r) and base(r) / r["step_s"] / r["processes"]} for r in rows]
 
 
-def main(out: Path = STORED, small: bool = False, steps: int = 3, replicas: Annotated[int, typer.Option(help="engines a GPU")] = 2,
+def main(out: Path = STORED, small: bool = False, steps: int = 3,
+         engine: Annotated[str, typer.Option(help="static or vllm")] = "static",
+         replicas: Annotated[int, typer.Option(help="vLLM engines a GPU")] = 2,
          only: Annotated[str, typer.Option(help="pocket or course; default both")] = "",
          gpus: Annotated[str, typer.Option(help="how many, as 1,2,4; default those there are")] = "",
-         vllm: Annotated[dict, typer.Option(parser=json.loads, help="more options for vLLM, as JSON")] = "{}",
-         folder: Annotated[Path | None, typer.Option(hidden=True)] = None) -> None:
+         here: Annotated[bool, typer.Option(help="in a job", hidden=True)] = False) -> None:
     """Measures, prints a table and writes JSON after each job, so that a stopped run leaves those before."""
     if only not in ("", "pocket", "course"):
         grpo_step.refuse(f"--only is pocket or course, not {only!r}")
-    if folder:  # in a job
-        return job(only, small, replicas, steps, vllm, folder, out)
+    if engine not in ("static", "vllm"):
+        grpo_step.refuse(f"--engine is static or vllm, not {engine!r}")
+    if here:
+        return job(only, small, engine, replicas, steps, out)
     if not all(n.isdigit() and int(n) for n in filter(None, gpus.split(","))):
         grpo_step.refuse(f"--gpus takes numbers, as 1,2,4, not {gpus!r}")
     from cs336_alignment.cli import bench_refusal
@@ -166,10 +146,10 @@ def main(out: Path = STORED, small: bool = False, steps: int = 3, replicas: Anno
     numbers = [int(n) for n in gpus.split(",")] if gpus else [n for n in (1, 2, 4, 8) if n <= there]
     if grpo_step.on_gpu() and max(numbers) > there:
         grpo_step.refuse(f"--gpus {gpus}, but there are {there}")
-    sys.exit(measure_all(out, small, steps, replicas, [only] if only else ["pocket", "course"], numbers, vllm))
+    sys.exit(measure_all(out, small, steps, engine, replicas, [only] if only else ["pocket", "course"], numbers))
 
 
-def measure_all(out: Path, small: bool, steps: int, replicas: int, shapes: list[str], numbers: list[int], vllm: dict) -> int:
+def measure_all(out: Path, small: bool, steps: int, engine: str, replicas: int, shapes: list[str], numbers: list[int]) -> int:
     """All jobs, one after the other; the exit status, 1 if one failed. A shape that is not measured keeps its rows."""
     import platform
     import tempfile
@@ -182,14 +162,16 @@ def measure_all(out: Path, small: bool, steps: int, replicas: int, shapes: list[
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
     rows, failed = [r for r in rows if r["shape"] not in shapes], []
     about = {"gpu": torch.cuda.get_device_name() if grpo_step.on_gpu() else f"{platform.machine()} CPU", "torch": torch.__version__,
-             "transformers": transformers.__version__, "vllm": vllm_version(), "small": small, "engines_a_gpu": replicas}
-    with multi_process_service():
+             "transformers": transformers.__version__, "vllm": vllm_version(), "small": small, "engine": engine}
+    if engine == "vllm":
+        about["engines_a_gpu"] = replicas
+    with multi_process_service() if engine == "vllm" else nullcontext():
         for shape in shapes:
             for n in numbers:
                 with tempfile.TemporaryDirectory(prefix="scaling_") as folder:
                     part = Path(folder) / "rows.json"
-                    options = ["--only", shape, "--folder", folder, "--out", str(part), "--steps", str(steps), "--replicas",
-                               str(replicas), "--vllm", json.dumps(vllm), *(["--small"] if small else [])]
+                    options = ["--here", "--only", shape, "--out", str(part), "--steps", str(steps), "--engine", engine,
+                               "--replicas", str(replicas), *(["--small"] if small else [])]
                     if start(n, options) or not part.exists():
                         failed.append(f"{shape} on {n}")
                         continue

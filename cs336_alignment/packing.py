@@ -262,7 +262,7 @@ def mixed_precision(model: PreTrainedModel) -> torch.autocast:
 
 # %% ../nbs/E3_packed_training.ipynb #366368ee
 ATTENTION = {"packed": lambda: None, "packed_varlen": register_varlen, "packed_fa2": register_flash_attn}
-SHARE_PROMPTS = {"packed"}  # of these, those that share prompts; the others have not been run so, which takes a GPU
+SHARE_PROMPTS = set(ATTENTION)  # of these, those that share prompts
 
 
 def half_on_gpu(model: PreTrainedModel) -> bool:

@@ -398,7 +398,8 @@ def multi_process_service():
     with (tempfile.TemporaryDirectory(prefix="cs336_mps_", ignore_cleanup_errors=True) as folder,
           environment_variables(CUDA_MPS_PIPE_DIRECTORY=folder, CUDA_MPS_LOG_DIRECTORY=folder)):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # without the daemon CUDA works as always
-            subprocess.run([control, "-d"], stdin=subprocess.DEVNULL, **quietly)
+            every_gpu = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}  # clients number them all
+            subprocess.run([control, "-d"], stdin=subprocess.DEVNULL, env=every_gpu, **quietly)
         try:
             yield
         finally:

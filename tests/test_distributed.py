@@ -465,6 +465,15 @@ def test_the_bench_refuses_in_one_line(arguments, message):
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_the_bench_measures_one_process_and_two(tmp_path):
+    """The shape whose weights the first process saves for the others."""
+    done = bench("--small", "--only", "course", "--gpus", "1,2", "--steps", "1", "--out", str(tmp_path / "scaling.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    assert [(r["processes"], r["mixed_groups"]) for r in rows] == [(1, 1.0), (1, 0.4), (2, 1.0), (2, 0.4)]
+    assert all(r["step_s"] > 0 and r["update_mfu"] > 0 and r["efficiency"] > 0 and 0 < r["share_trained"] <= 1 for r in rows)
+
+
 def test_efficiency_is_against_one_process_of_the_same_shape(monkeypatch):
     monkeypatch.syspath_prepend(str(data.repo_root() / "bench"))
     import scaling
