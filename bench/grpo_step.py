@@ -223,7 +223,27 @@ def refined_steps(config, policy, engine, problems, share: float, pass_tokens: i
     return step
 
 
+def our_steps(work: dict, engine, share: float):
+    """The same of a new policy, its layers compiled on a GPU."""
+    import torch
+
+    from cs336_alignment.packing import compile_policy
+    policy = work["build"](torch.float32)
+    if on_gpu():
+        compile_policy(policy)
+    return refined_steps(work["config"], policy, engine, work["problems"], share, work["pass_tokens"])
+
+
 # --- engines
+
+def static_engine(work: dict):
+    """The project's own (notebook E2a), in half precision on a GPU."""
+    import torch
+
+    from cs336_alignment.vllm_engine import make_engine
+    half = torch.bfloat16 if on_gpu() else torch.float32
+    return make_engine(work["model"], kind="static", tokenizer=work["tokenizer"], dtype=half, verbose=False)
+
 
 def start_engine(model_name: str, tokenizer, replicas: int, batch_size: int, options: dict):
     """vLLM's replicas where it can run, else transformers in this process.
@@ -278,13 +298,12 @@ def compare(work: dict, replicas: int, options: dict, steps: int, save) -> None:
     import torch
 
     from cs336_alignment.inference import SamplingParams
-    from cs336_alignment.packing import compile_policy
-    from cs336_alignment.vllm_engine import make_engine, vllm_problem
+    from cs336_alignment.vllm_engine import vllm_problem
     half, build = torch.bfloat16 if on_gpu() else torch.float32, work["build"]
-    config, problems, pass_tokens = work["config"], work["problems"], work["pass_tokens"]
+    config, problems = work["config"], work["problems"]
     prompt_tokens = list(map(len, work["tokenizer"](work["prompts"], add_special_tokens=False).input_ids))
     result = {"rollouts": config.rollout_batch_size, "group_size": config.group_size, "response_tokens": config.max_tokens,
-              "prompt_tokens": sum(prompt_tokens) / len(prompt_tokens), "pass_tokens": pass_tokens, "engine_options": options,
+              "prompt_tokens": sum(prompt_tokens) / len(prompt_tokens), "pass_tokens": work["pass_tokens"], "engine_options": options,
               "vllm": vllm_number(),
               "matrix_tflops": matrix_rate() / 1e12, "variants": []}
 
@@ -298,12 +317,6 @@ def compare(work: dict, replicas: int, options: dict, steps: int, save) -> None:
         save(result | {"speedups": speedups(result["variants"])})
         free()
 
-    def ours(e, share: float):
-        policy = build(torch.float32)
-        if on_gpu():
-            compile_policy(policy)
-        return refined_steps(config, policy, e, problems, share, pass_tokens)
-
     with start_engine(work["model"], work["tokenizer"], replicas, config.rollout_batch_size, options) as e:
         e.load_weights(build(half))  # all the engines, before one works alone: it shares the memory for weights with them
         with one_at_work(e):
@@ -313,12 +326,12 @@ def compare(work: dict, replicas: int, options: dict, steps: int, save) -> None:
             sampling = SamplingParams(n=config.group_size, max_tokens=config.max_tokens, stop=(), ignore_eos=True, logprobs=None)
             result["with_vllm"] = {"rollout_s_by_engines": rollout_seconds(e, work["prompts"], sampling, steps - 1), "variants": []}
             for share in (1.0, 0.4):
-                attempt(f"ours with vLLM, {share:.0%} with an advantage", lambda: ours(e, share), steps, share,
+                attempt(f"ours with vLLM, {share:.0%} with an advantage", lambda: our_steps(work, e, share), steps, share,
                         result["with_vllm"]["variants"])
     free()
-    with make_engine(work["model"], kind="static", tokenizer=work["tokenizer"], dtype=half, verbose=False) as e:
+    with static_engine(work) as e:
         for share in (1.0, 0.4):
-            attempt(f"ours, {share:.0%} with an advantage", lambda: ours(e, share), steps, share)
+            attempt(f"ours, {share:.0%} with an advantage", lambda: our_steps(work, e, share), steps, share)
 
 
 def vllm_number() -> str | None:

@@ -90,13 +90,9 @@ def job(name: str, small: bool, engine: str, replicas: int, steps: int, out: Pat
 
 def start_engine(kind: str, work: dict, replicas: int):
     """An engine of this process: the static one, or vLLM's replicas."""
-    import torch
-
     from cs336_alignment.side_by_side import ENGINE
-    from cs336_alignment.vllm_engine import make_engine
     if kind == "static":
-        half = torch.bfloat16 if grpo_step.on_gpu() else torch.float32
-        return make_engine(work["model"], kind="static", tokenizer=work["tokenizer"], dtype=half, verbose=False)
+        return grpo_step.static_engine(work)
     options = {"gpu_memory_utilization": 0.2, "max_model_len": work["context"]} | ENGINE
     return grpo_step.start_engine(work["model"], work["tokenizer"], replicas, work["n"], options)
 

@@ -8,8 +8,9 @@ TRL gets the same model, questions, group size, response lengths, rewards and op
 the best that a short search finds: first micro-batch sizes (`MICRO_BATCHES`), then one option more (`OPTIONS`) at the best
 size, then all that helped together. An option that needs a package that is not installed, or for which `--seconds` has run
 out, is named in `left_out`. All rows of a setting share one vLLM engine (its start is no part of a step) and sync the
-weights as TRL does. A step is the time from one `on_step_end` to the next. Its phases are TRL's own timers for vLLM and
-for the weights; `update` is all the rest: with TRL's pass for the importance weights' log-probabilities, and rewards.
+weights as TRL does. Our own step, all responses with an advantage, is timed before them in the same process (`ours`); the
+losses are compared after them. A step of TRL's is the time from one `on_step_end` to the next. Its phases are TRL's own timers
+for vLLM and for the weights; `update` is all the rest: with TRL's pass for the importance weights' log-probabilities, and rewards.
 """
 
 import importlib.util
@@ -27,13 +28,13 @@ from unittest import mock
 import grpo_step as G  # the bench beside this one
 import typer
 
-MICRO_BATCHES = {"pocket": (64, 32, 128), "course": (8, 16)}  # the first is the best that was seen before
+MICRO_BATCHES = {"pocket": (128, 64, 32), "course": (16, 8)}  # the first is the best that was seen before
 OPTIONS = {  # what is added to TRL's defaults, and the package it needs
-    "no recomputation": (dict(gradient_checkpointing=False), None),
+    "Liger's layers": (dict(use_liger_kernel=True), "liger_kernel"),
     "no importance weights": (dict(vllm_importance_sampling_correction=False), None),
+    "no recomputation": (dict(gradient_checkpointing=False), None),
     "bfloat16 weights": (dict(model_init_kwargs={"dtype": "bfloat16"}), None),
     "FlashAttention-2": (dict(model_init_kwargs={"attn_implementation": "flash_attention_2"}), "flash_attn"),
-    "Liger's layers": (dict(use_liger_kernel=True), "liger_kernel"),
     "compiled": (dict(torch_compile=True), None),
 }
 SAME_LOSS = {"grpo": "masked_mean", "dr_grpo": "masked_normalize", "dapo": "token"}  # TRL's name, and ours (notebook 12)
@@ -351,13 +352,17 @@ def measure(name: str, small: bool, steps: int, seconds: float, save) -> int:
         about = {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__,
                  "vllm": G.vllm_number(), "gpu": torch.cuda.get_device_name() if G.on_gpu() else "CPU", "rollouts": n,
                  "loss": "grpo, on new rollouts: the gradient of reinforce_with_baseline with masked_mean"}
-        about["same_loss"] = same_loss(work, work["build"])
+        with G.static_engine(work) as engine:  # so that both sides are of one run
+            about["ours"] = G.measure("ours, 100% with an advantage", G.our_steps(work, engine, 1.0), 1 + steps, work, 1.0)
+        del engine
         G.free()
         save(about | {"rows": []})
         deadline = time.monotonic() + seconds
         with one_engine():
             row = lambda label, size, extra: trl_row(label, work, size, extra, steps)
-            return int(search(sizes, options, row, deadline, lambda found: save(about | found))["best"] is None)
+            about |= search(sizes, options, row, deadline, lambda found: save(about | found))
+        save(about | {"same_loss": same_loss(work, work["build"])})
+        return int(about["best"] is None)
 
 
 def main(out: Path = G.STORED, small: bool = False, steps: int = 2, only: str = "", seconds: float = 420.0,

@@ -273,9 +273,9 @@ def work(
 def run_seeds(command: list[str], seeds: list[int], root: Path) -> dict[int, int]:
     """A process for each seed, dealt out to the GPUs; the exit codes of those that failed. The first to fail
     stops those that wait."""
-    gpus, processes, failed = torch.cuda.device_count(), {}, {}
+    gpus, processes, failed = vllm_engine.visible_gpus(), {}, {}
     for k in seeds:
-        home = {"CUDA_VISIBLE_DEVICES": str(seeds.index(k) % gpus)} if gpus else {}
+        home = {"CUDA_VISIBLE_DEVICES": gpus[seeds.index(k) % len(gpus)]} if gpus else {}
         with open(root / "logs" / f"seed{k}.log", "a") as log:
             processes[k] = subprocess.Popen([*command, "--seed", str(k)], stdout=log, stderr=log, env=os.environ | home)
     while len(failed) + sum(p.poll() == 0 for p in processes.values()) < len(processes):

@@ -32,7 +32,7 @@ from .runs import (Config, check_config, make_config, policy_name, read_summary,
                                   seen_by_someone, used_up, write_text)
 from .sft_math_reasoning import SFTConfig, sft
 from .stacked import run_stacked
-from .vllm_engine import multi_process_service, shared_engine
+from .vllm_engine import multi_process_service, shared_engine, visible_gpus
 
 # %% ../nbs/E12_side_by_side.ipynb #a8561dc3
 @dataclass(frozen=True)
@@ -173,10 +173,10 @@ def nothing():
 # %% ../nbs/E12_side_by_side.ipynb #f05d03b8
 def places(processes: int | None, jobs: int, each: int = 1) -> list[dict[str, str]]:
     """The environment of each process: its GPU (or `each` GPUs), or one thread of a CPU."""
-    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
-    n = min(processes or (4 * gpus or cores), jobs)
+    gpus, cores = visible_gpus(), len(os.sched_getaffinity(0))
+    n = min(processes or (4 * len(gpus) or cores), jobs)
     threads = {"OMP_NUM_THREADS": str(max(1, cores // n) if gpus else 1), "TOKENIZERS_PARALLELISM": "false"}
-    own = lambda k: ",".join(str((k * each + i) % gpus) for i in range(each))
+    own = lambda k: ",".join(gpus[(k * each + i) % len(gpus)] for i in range(each))
     return [threads | ({"CUDA_VISIBLE_DEVICES": own(k)} if gpus else {}) for k in range(n)]
 
 

@@ -303,6 +303,19 @@ def test_processes_are_spread_over_gpus_or_cores(monkeypatch, gpus, processes, j
     assert [p.get("CUDA_VISIBLE_DEVICES") for p in found] == [str(k % gpus) if gpus else None for k in range(expected)]
 
 
+def test_only_the_gpus_that_the_user_chose_are_used(monkeypatch, tmp_path):
+    """As CUDA_VISIBLE_DEVICES names them, not numbered from 0."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5e")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in side_by_side.places(3, 9)] == ["2", "GPU-5e", "2"]
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in side_by_side.places(1, 9, 2)] == ["2,GPU-5e"]
+    (tmp_path / "logs").mkdir()
+    say = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    from cs336_alignment import run_queue
+    assert run_queue.run_seeds([sys.executable, "-c", say], [3, 4, 5], tmp_path) == {}
+    assert [(tmp_path / "logs" / f"seed{k}.log").read_text().strip() for k in (3, 4, 5)] == ["2", "GPU-5e", "2"]
+
+
 def test_a_large_model_has_a_gpu_to_itself(monkeypatch):
     from cs336_alignment import grpo_experiments as grpo
     seen = []
