@@ -169,7 +169,7 @@ def measure(name: str, step, n: int, work: dict, share: float) -> dict:
     best, phases = min(turns, key=lambda turn: turn[0])
     row = {"variant": name, "step_s": best, "phases_s": phases, "first_step_s": first, "step_s_all": [s for s, _ in turns]}
     from cs336_alignment.packing import SHARE_PROMPTS
-    shared = name.startswith("ours") and ("packed_varlen" if on_gpu() else "packed") in SHARE_PROMPTS
+    shared = name.startswith("ours") and SHARE_PROMPTS
     row |= rates(work, best, phases["update"], share, shared)
     if on_gpu():
         row |= {"trainer_peak_gb": torch.cuda.max_memory_allocated() / 1e9, "gpu_peak_gb": gpu.peak}

@@ -10,7 +10,7 @@ in float32, products in bfloat16; the learning rate is 0, so that all variants s
 
 **products**: each matrix product of a pass alone, forward and both of the backward pass: the seconds that no kernel elsewhere
 can save. **attention**: each implementation alone on the rows of a pass, and how far its output and gradients are from float32.
-**variants**: `accumulate_gradients` on the rows, then clipping and optimizer (`optimizer_s`). `today` is the project's path; every
+**variants**: `accumulate_gradients` on the rows, then clipping and optimizer (`optimizer_s`). `today` is the project's path with prompts repeated; every
 other row changes one thing of it (`VARIANTS`), and `together` joins the best of each kind if it gained over 1%. Per pass:
 `layers_forward_s`, `output_s` (output layer and loss, forward and backward), and `layers_backward_s`, the rest. `update_s` is the
 update of 256 responses that follows from this. `loss_off`, `gradient_off`: relative differences on a few rows, in norm,
@@ -197,7 +197,7 @@ def changed(model, options: dict):
                 layer.compile(**layers)
         if "attention" in options:
             P.use_attention(model, options["attention"])
-        later.enter_context(mock.patch.object(P, "SHARE_PROMPTS", set(P.ATTENTION) if options.get("shared") else set()))
+        later.enter_context(mock.patch.object(P, "SHARE_PROMPTS", options.get("shared", False)))
         later.enter_context(output_layer(options.get("output")))
         yield model
 
@@ -237,7 +237,7 @@ def exact(shape: str, small: bool, rows: list, tokens: int) -> tuple:
     """Loss and gradient with everything in float32, not compiled, the attention one example after the other."""
     from cs336_alignment import packing as P
     model = build(shape, small)
-    with (mock.patch.object(P, "compute_dtype", lambda model: model.dtype), mock.patch.object(P, "SHARE_PROMPTS", set()),
+    with (mock.patch.object(P, "compute_dtype", lambda model: model.dtype), mock.patch.object(P, "SHARE_PROMPTS", False),
           output_layer("eager")):
         return loss_and_gradient(model, rows, tokens, P.MAX_LOGITS)
 
@@ -310,7 +310,7 @@ def flops_of(model, rows: list, tokens: int) -> float:
     from training_throughput import model_flops
 
     from cs336_alignment import packing as P
-    bins = P.bins_for(model, rows, tokens) if P.attention_of(model) in P.SHARE_PROMPTS else []
+    bins = P.bins_for(model, rows, tokens) if P.SHARE_PROMPTS else []
     again = [rows[j].prompt_ids for bin in bins for i, j in zip(bin, bin[1:]) if rows[i].prompt_ids == rows[j].prompt_ids]
     return model_flops(model, rows, False) - model_flops(model, [P.Example([*ids, 0], []) for ids in again], False)
 

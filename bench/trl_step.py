@@ -8,8 +8,7 @@ TRL gets the same model, questions, group size, response lengths, rewards and op
 the best that a short search finds: first micro-batch sizes (`MICRO_BATCHES`), then one option more (`OPTIONS`) at the best
 size, then all that helped together. An option that needs a package that is not installed, or for which `--seconds` has run
 out, is named in `left_out`. All rows of a setting share one vLLM engine (its start is no part of a step) and sync the
-weights as TRL does. Our own step, all responses with an advantage, is timed before them in the same process (`ours`); the
-losses are compared after them. A step of TRL's is the time from one `on_step_end` to the next. Its phases are TRL's own timers
+weights as TRL does. Our own step, all responses with an advantage, is timed before them in the same process (`ours`). A step of TRL's is the time from one `on_step_end` to the next. Its phases are TRL's own timers
 for vLLM and for the weights; `update` is all the rest: with TRL's pass for the importance weights' log-probabilities, and rewards.
 """
 
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -82,6 +81,17 @@ def trl_arguments(work: dict, size: int, options: dict, steps: int, folder: str)
     return merged(fixed, vllm if G.on_gpu() else natural, options)
 
 
+@contextmanager
+def as_before(*modules):
+    """Within it modules may be changed: Liger puts its layers into transformers' modules, and leaves them there."""
+    kept = [dict(vars(module)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, names in zip(modules, kept):
+            vars(module).update(names)
+
+
 def make_clock(times: list[tuple[float, dict]], phases: dict, warm):
     """A callback that notes when each step has ended, and the seconds by phase since the one before.
 
@@ -107,7 +117,11 @@ def trl_row(name: str, work: dict, size: int, options: dict, steps: int) -> dict
     from accelerate.state import AcceleratorState, GradientState
     from datasets import Dataset
     from transformers import PrinterCallback
+    from transformers.models.llama import modeling_llama
+    from transformers.models.qwen2 import modeling_qwen2
     from trl.extras.profiling import ProfilingContext
+
+    from cs336_alignment.vllm_server import free_port
     names = {"vLLM.generate": "rollout", "transformers.generate": "rollout", "sync_weights": "sync"}
     times, phases = [], {}
 
@@ -119,8 +133,8 @@ def trl_row(name: str, work: dict, size: int, options: dict, steps: int) -> dict
     rewards = G.RandomRewards(work["n"], work["group"], 1.0)
     reward = lambda prompts, completions, **rest: [rewards(c, "")["reward"] for c in completions]
     AcceleratorState._reset_state(), GradientState._reset_state()  # the row before may have been compiled
-    with (tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ), ExitStack() as later,
-          mock.patch.object(ProfilingContext, "_log_metrics", note)):
+    with (tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, MASTER_PORT=str(free_port())), ExitStack() as later,
+          mock.patch.object(ProfilingContext, "_log_metrics", note), as_before(modeling_llama, modeling_qwen2)):
         gpu = G.WholeGPU()
         trainer = trl.GRPOTrainer(
             model=work["model"], reward_funcs=reward, processing_class=work["tokenizer"],
@@ -352,6 +366,8 @@ def measure(name: str, small: bool, steps: int, seconds: float, save) -> int:
         about = {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__,
                  "vllm": G.vllm_number(), "gpu": torch.cuda.get_device_name() if G.on_gpu() else "CPU", "rollouts": n,
                  "loss": "grpo, on new rollouts: the gradient of reinforce_with_baseline with masked_mean"}
+        about["same_loss"] = same_loss(work, work["build"])  # before the rows: Liger's layers do not know float64
+        G.free()
         with G.static_engine(work) as engine:  # so that both sides are of one run
             about["ours"] = G.measure("ours, 100% with an advantage", G.our_steps(work, engine, 1.0), 1 + steps, work, 1.0)
         del engine
@@ -360,9 +376,7 @@ def measure(name: str, small: bool, steps: int, seconds: float, save) -> int:
         deadline = time.monotonic() + seconds
         with one_engine():
             row = lambda label, size, extra: trl_row(label, work, size, extra, steps)
-            about |= search(sizes, options, row, deadline, lambda found: save(about | found))
-        save(about | {"same_loss": same_loss(work, work["build"])})
-        return int(about["best"] is None)
+            return int(search(sizes, options, row, deadline, lambda found: save(about | found))["best"] is None)
 
 
 def main(out: Path = G.STORED, small: bool = False, steps: int = 2, only: str = "", seconds: float = 420.0,

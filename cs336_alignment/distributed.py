@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 __all__ = ['GROUPS', 'SMOLLM2', 'QWEN_1_5B', 'QWEN_7B', 'rank', 'processes', 'launched', 'speaks', 'take_own_gpu', 'joined',
            'everyones', 'agreed', 'totals', 'sum_over_ranks', 'sum_gradients', 'on_rank_zero', 'deal', 'share_of_rank',
            'in_shares', 'is_shard', 'is_sharded', 'full', 'shard_layers', 'clip_gradients', 'kinds_of_parameters',
-           'whole', 'cut_as', 'WholeModel', 'WholeOptimizer', 'checkpoint_parts', 'ModelShape', 'Machine', 'Work',
-           'training_flops', 'pass_s', 'update_s', 'rollout_s', 'sum_s', 'trainer_bytes', 'step_parts']
+           'whole', 'cut_as', 'WholeModel', 'WholeOptimizer', 'checkpoint_parts', 'ModelShape', 'Machine', 'Training',
+           'Work', 'training_flops', 'n_passes', 'update_s', 'decode_terms', 'rollout_s', 'sum_s', 'trainer_bytes',
+           'step_parts']
 
 # %% ../nbs/E9_scaling.ipynb #47f9f0c3
 def _group() -> Any:
@@ -213,6 +214,7 @@ def shard_layers(model: nn.Module) -> None:
     for layer in model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # also after one without gradient
         layer.set_gradient_divide_factor(1.0)  # a sum, where FSDP's default is the mean over processes
+        layer.set_force_sum_reduction_for_comms(True)  # else a sum with a factor, which gloo lacks in float32
 
 # %% ../nbs/E9_scaling.ipynb #1b4708da
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
@@ -327,29 +329,37 @@ QWEN_7B = ModelShape(28, 3584, 18_944, 28, 4, 152_064, tied=False)
 # %% ../nbs/E9_scaling.ipynb #82bf6430
 @dataclass(frozen=True)
 class Machine:
-    """Speeds of one GPU and of its links, per second and direction; the defaults are an H200's data sheet."""
+    """Speeds of one GPU and of its links, per second and direction; the links' defaults are an H200's data sheet."""
     name: str
-    flops: float  # of matrix products in bfloat16
-    decode_s: float  # a decoding step of vLLM, a layer
-    sequence_s: float  # and a sequence
-    memory: float = 4.8e12  # bytes
+    decode: tuple[float, float, float, float]  # s of a decoding step: see decode_terms
+    memory: float  # bytes
     link: float = 450e9  # bytes to the GPUs of its host (NVLink)
     network: float = 50e9  # bytes to other hosts, a GPU (400 Gbit/s)
     latency: float = 30e-6  # s a collective call: an assumption
     host: int = 8  # GPUs
 
+
+@dataclass(frozen=True)
+class Training:
+    """How fast one GPU trains a shape."""
+    flops: float  # a second
+    pass_s: float  # of a pass, a weight: what does not grow with its tokens
+    optimizer_s: float  # of an update, a weight: clipping and AdamW
+
 # %% ../nbs/E9_scaling.ipynb #97162787
 @dataclass(frozen=True)
 class Work:
-    """One rollout batch: responses, tokens of each prompt and response (means), and tokens of a forward pass."""
+    """One rollout batch: responses, tokens of each prompt and response (means), tokens of a pass, group size."""
     responses: int
     prompt: int
     response: int
     pass_tokens: int
+    group: int = 8
 
     @property
-    def tokens(self) -> int:
-        return self.responses * (self.prompt + self.response)
+    def tokens(self) -> float:
+        """What is trained on: a prompt counts once a group."""
+        return self.responses * (self.response + self.prompt / self.group)
 
 
 def training_flops(shape: ModelShape, work: Work) -> float:
@@ -358,35 +368,38 @@ def training_flops(shape: ModelShape, work: Work) -> float:
     Forward and backward cost 2 + 4 FLOPs a weight and token (Kaplan et al. 2020, §2.1), attention
     6·layers·hidden·length a token, as on average half of the earlier tokens are seen."""
     head = 6 * shape.vocab * shape.hidden * work.responses * work.response
-    attention = 6 * shape.layers * shape.hidden * (work.prompt + work.response) * work.tokens
-    return 6 * shape.layer_weights * work.tokens + head + attention
+    again = work.responses * (1 - 1 / work.group) * work.prompt ** 2  # prompts that are not computed again
+    squares = work.responses * (work.prompt + work.response) ** 2 - again
+    return 6 * shape.layer_weights * work.tokens + head + 6 * shape.layers * shape.hidden * squares
 
 # %% ../nbs/E9_scaling.ipynb #4cc9f888
-def pass_s(shape: ModelShape, machine: Machine, work: Work, gpus: int, trained: float = 1.0) -> float:
-    """Seconds that a GPU moves weights in an update: 18 bytes a weight and pass, and 28 for AdamW.
-
-    A pass reads float32 weights and writes their bfloat16 copies (6), writes and reads their gradients (4) and adds
-    them in float32 (8); AdamW reads weight, gradient and two moments, and writes three."""
-    passes = math.ceil(trained * work.tokens / work.pass_tokens / gpus)
-    return (18 * passes + 28) * shape.weights / machine.memory
+def n_passes(work: Work, gpus: int, trained: float = 1.0) -> int:
+    """Of each GPU in an update. trained: the share of responses that has an advantage."""
+    return math.ceil(trained * work.tokens / work.pass_tokens / gpus)
 
 
-def update_s(shape: ModelShape, machine: Machine, work: Work, gpus: int, share: float, trained: float = 1.0) -> float:
-    """Seconds of an update, without communication. share: of the peak that matrix products reach. trained: the share of
-    responses that has an advantage."""
-    compute = trained * training_flops(shape, work) / (gpus * share * machine.flops)
-    return compute + pass_s(shape, machine, work, gpus, trained)
+def update_s(shape: ModelShape, training: Training, work: Work, gpus: int, trained: float = 1.0) -> float:
+    """Seconds of an update, without communication."""
+    compute = trained * training_flops(shape, work) / gpus / training.flops
+    return compute + (n_passes(work, gpus, trained) * training.pass_s + training.optimizer_s) * shape.weights
 
 # %% ../nbs/E9_scaling.ipynb #9e0c75a2
+def decode_terms(shape: ModelShape, sequences: float) -> list[float]:
+    """What a decoding step's time is linear in, apart from the cache; `Machine.decode` has the factors.
+
+    A layer costs something, and something a sequence (kernels); so does a weight (reading it, multiplying with it)."""
+    weights = shape.layer_weights + shape.vocab * shape.hidden  # without an input embedding of its own
+    return [shape.layers, shape.layers * sequences, weights, weights * sequences]
+
+
 def rollout_s(shape: ModelShape, machine: Machine, work: Work, gpus: int) -> float:
     """Seconds of sampling: decoding steps one after the other, each GPU with its part of the responses.
 
-    A step waits for the host, by layers and by sequences; and it reads the weights and the cache of all its sequences,
-    which is half full on average. Several engines on a GPU share it, and count as one. Prompts are not counted."""
+    Each reads the cache of all its sequences, half full on average. Prompts are not counted."""
     sequences = work.responses / gpus
-    waits = machine.decode_s * shape.layers + machine.sequence_s * sequences
-    cache = sequences * (work.prompt + work.response / 2) * shape.cache_bytes
-    return work.response * (waits + (2 * shape.weights + cache) / machine.memory)
+    cache = sequences * (work.prompt + work.response / 2) * shape.cache_bytes / machine.memory
+    waits = sum(s * n for s, n in zip(machine.decode, decode_terms(shape, sequences)))
+    return work.response * (waits + cache)
 
 # %% ../nbs/E9_scaling.ipynb #a68ea3f0
 def sum_s(n_bytes: float, calls: int, machine: Machine, gpus: int) -> float:
@@ -402,7 +415,7 @@ def trainer_bytes(shape: ModelShape, gpus: int) -> float:
     return 16 * (shape.layer_weights / gpus + shape.weights - shape.layer_weights)
 
 
-def step_parts(shape: ModelShape, machine: Machine, work: Work, gpus: int, share: float, trained: float = 1.0,
+def step_parts(shape: ModelShape, machine: Machine, training: Training, work: Work, gpus: int, trained: float = 1.0,
                sharded: bool = False) -> dict[str, float]:
     """Seconds of a GRPO step by phase, nothing overlapped. Grading and new weights for the engine are not counted.
 
@@ -410,7 +423,7 @@ def step_parts(shape: ModelShape, machine: Machine, work: Work, gpus: int, share
     whole = shape.weights - shape.layer_weights if sharded else shape.weights
     sums = sum_s(4 * whole, 12 * shape.layers, machine, gpus)
     if sharded:
-        passes = math.ceil(trained * work.tokens / work.pass_tokens / gpus)
-        sums += passes * sum_s(shape.layer_weights * (2 + 2 + 4) / 2, 3 * shape.layers, machine, gpus)
+        a_pass = sum_s(shape.layer_weights * (2 + 2 + 4) / 2, 3 * shape.layers, machine, gpus)
+        sums += n_passes(work, gpus, trained) * a_pass
     return {"rollout": rollout_s(shape, machine, work, gpus), "communication": sums,
-            "update": update_s(shape, machine, work, gpus, share, trained)}
+            "update": update_s(shape, training, work, gpus, trained)}

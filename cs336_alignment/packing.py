@@ -262,7 +262,7 @@ def mixed_precision(model: PreTrainedModel) -> torch.autocast:
 
 # %% ../nbs/E3_packed_training.ipynb #366368ee
 ATTENTION = {"packed": lambda: None, "packed_varlen": register_varlen, "packed_fa2": register_flash_attn}
-SHARE_PROMPTS = set(ATTENTION)  # of these, those that share prompts
+SHARE_PROMPTS = True  # a group's prompt once in a packed row
 
 
 def half_on_gpu(model: PreTrainedModel) -> bool:
@@ -361,7 +361,7 @@ def response_slices(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
 # %% ../nbs/E3_packed_training.ipynb #cf62c2d9
 def bins_for(model: PreTrainedModel, examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
     """Which rows go through the model together, at most `max_tokens` tokens; as many passes for each process."""
-    if attention_of(model) in SHARE_PROMPTS:
+    if SHARE_PROMPTS:
         return pack_groups(examples, max_tokens, processes())
     return pack_rows([len(e) for e in examples], max_tokens, processes())
 
@@ -369,7 +369,7 @@ def bins_for(model: PreTrainedModel, examples: Sequence[Example], max_tokens: in
 def pack_for(model: PreTrainedModel, examples: Sequence[Example]) -> Packed:
     """`pack` as this model takes it: on its device, side data in at least float32, prompts shared where they can be."""
     dtype = torch.promote_types(model.dtype, torch.float32)
-    return pack(examples, model.device, dtype, shared=attention_of(model) in SHARE_PROMPTS)
+    return pack(examples, model.device, dtype, shared=SHARE_PROMPTS)
 
 # %% ../nbs/E3_packed_training.ipynb #6df5ff44
 @torch.no_grad()

@@ -4,9 +4,12 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tqdm import tqdm
 
 from cs336_alignment import runs
 
@@ -16,6 +19,7 @@ def in_child(work: Callable) -> int:
     pid = os.fork()
     if pid == 0:
         status = 1
+        tqdm.set_lock(threading.RLock())  # the usual one is shared by all forked processes, and a killed one may hold it
         try:
             work()
             status = 0

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,15 @@ def test_trls_options_are_put_together_with_those_of_its_model():
     assert both == {"model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "flash_attention_2"}, "a": 1}
 
 
+def test_what_a_row_puts_into_a_module_is_taken_back():
+    """As Liger's layers, which would serve the rows after it too."""
+    module = SimpleNamespace(Norm="Qwen2RMSNorm")
+    with pytest.raises(MemoryError), trl_step.as_before(module):
+        module.Norm = "LigerRMSNorm"
+        raise MemoryError
+    assert module.Norm == "Qwen2RMSNorm"
+
+
 @needs_no_gpu
 @pytest.mark.skipif(trl_step.trl_problem() is not None, reason="TRL is not installed")
 def test_trls_loss_and_gradient_are_ours(tmp_path):
@@ -145,7 +155,7 @@ def test_trls_loss_and_gradient_are_ours(tmp_path):
     assert set(trl["same_loss"]) == {"grpo", "dr_grpo", "dapo"} and trl["best"] is not None
     for row in trl["same_loss"].values():
         assert row["loss"]["TRL"] == pytest.approx(row["loss"]["ours"], abs=1e-6) and row["gradient_norm"] > 1e-3
-        assert row["gradient_off"]["TRL"] < 1e-4 and row["gradient_off"].get("literal", 0) < 1e-9
+        assert row["gradient_off"]["TRL"] < 1e-4 and row["gradient_off"].get("literal", 0) < 1e-6  # RMSNorm rounds to float32
 
 
 def test_random_words_are_a_token_each_for_every_engine(tmp_path):

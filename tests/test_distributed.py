@@ -312,6 +312,21 @@ def test_sharded_layers_make_the_updates_of_one_process(tmp_path, name):
     assert optimizer.state[next(policy.parameters())]["step"] == 3
 
 
+def test_sharded_layers_add_up_in_float32_too(tmp_path):
+    """The precision of a run, in which FSDP would add up with a factor; gloo cannot."""
+    def updates(sharded):
+        model, batches = double_policy()[0].float(), next(iter(BATCHES.values()))
+        if sharded:
+            shard_layers(model)
+        optimizer = make_optimizer(model, 1e-2)
+        lines = [train_step(model, optimizer, sft_examples(batch), sft_loss, 60) for batch in batches]
+        return [line[name] for line in lines for name in ("loss", "grad_norm")]
+
+    alone = updates(False)
+    for theirs in together(2, lambda: updates(True), tmp_path):
+        assert theirs == pytest.approx(alone, rel=1e-3)
+
+
 @pytest.mark.parametrize("before, after", [((2, True), (1, False)), ((1, False), (2, True)), ((2, True), (3, True))])
 def test_a_sharded_run_goes_on_with_another_number(tmp_path, whole, before, after):
     for (n, shard), engine in ((before, Interrupted), (after, own_engine)):

@@ -824,7 +824,7 @@ LOSSES = EXTRAS | {name: dict(loss_type=name) for name in ("no_baseline", "grpo_
 def test_a_stacked_step_is_the_step_of_each_run(dtype, exact, monkeypatch):
     """All losses in one stack, two epochs of two train batches, three steps; with momentum, which a batch without a
     gradient must not let move. In float32 AdamW makes steps of the rounding of gradients that are nearly zero."""
-    monkeypatch.setattr(packing, "SHARE_PROMPTS", set())  # a stack repeats prompts, and rounds as rows that do
+    monkeypatch.setattr(packing, "SHARE_PROMPTS", False)  # a stack repeats prompts, and rounds as rows that do
     configs = [replace(OFF_POLICY, kl_coef=0.0, tis_cap=None, loss_type="reinforce_with_baseline", learning_rate=1e-3,
                        seed=k) for k in range(len(LOSSES))]
     configs = [replace(c, variant=name, **changes) for c, (name, changes) in zip(configs, LOSSES.items())]

@@ -360,7 +360,7 @@ def test_a_front_page_that_lacks_a_number_is_seen():
 def test_tree_is_small():
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout  # nothing in a copy without git
     files = [ROOT / name for name in tracked.split("\0") if name and (ROOT / name).is_file()]
-    assert len(files) <= 240
+    assert len(files) <= 250
     assert sum(file.stat().st_size for file in files) <= 18e6  # most of it results
 
 

@@ -311,8 +311,7 @@ def test_only_the_gpus_that_the_user_chose_are_used(monkeypatch, tmp_path):
     assert [p["CUDA_VISIBLE_DEVICES"] for p in side_by_side.places(1, 9, 2)] == ["2,GPU-5e"]
     (tmp_path / "logs").mkdir()
     say = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
-    from cs336_alignment import run_queue
-    assert run_queue.run_seeds([sys.executable, "-c", say], [3, 4, 5], tmp_path) == {}
+    assert runs.run_seeds([sys.executable, "-c", say], [3, 4, 5], tmp_path) == {}
     assert [(tmp_path / "logs" / f"seed{k}.log").read_text().strip() for k in (3, 4, 5)] == ["2", "GPU-5e", "2"]
 
 

@@ -6,6 +6,7 @@ import contextlib, errno, io, json, os, random, re, shutil, signal, subprocess, 
 
 import numpy as np, pytest, torch
 from torch import nn
+from tqdm import tqdm
 
 import kills
 from cs336_alignment import runs
@@ -108,6 +109,15 @@ def die_at_call(k):
     for module, name in FILE_CALLS:
         setattr(module, name, deadly(getattr(module, name), name))
     return count
+
+
+@pytest.mark.timeout(60)
+def test_a_child_that_is_killed_with_the_lock_of_progress_bars_stops_no_later_one():
+    pid = in_child(lambda: (tqdm.get_lock().acquire(), time.sleep(60)))
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGKILL)
+    assert ended_by(pid) == signal.SIGKILL
+    assert ended_by(in_child(lambda: list(tqdm(range(3), file=io.StringIO())))) == 0
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["", "later"])

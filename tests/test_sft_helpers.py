@@ -272,7 +272,7 @@ def test_a_prompt_once_a_group_changes_no_gradient_and_no_log_prob(seed, monkeyp
     monkeypatch.setattr(P, "hidden_states", lambda model, packed, call=P.hidden_states: seen.append(packed) or call(model, packed))
     found = {}
     for shared in (True, False):
-        monkeypatch.setattr(P, "SHARE_PROMPTS", {"packed"} if shared else set())
+        monkeypatch.setattr(P, "SHARE_PROMPTS", shared)
         for budget in (30, 1000):
             metrics = P.accumulate_gradients(model, rows, P.sft_loss, budget)
             log_probs = P.packed_log_probs(model, rows, budget)
@@ -457,7 +457,7 @@ def test_compiled_layers_take_shared_prompts_of_any_lengths_in_one_graph(monkeyp
     """As on a GPU, but for the kernel and the code that is generated."""
     AttentionInterface.register("packed_dense", partial(P.packed_attention, partial(dense_attention, causal=True)))
     monkeypatch.setitem(P.ATTENTION, "packed_dense", lambda: None)
-    monkeypatch.setattr(P, "SHARE_PROMPTS", {"packed_dense"})
+    monkeypatch.setattr(P, "SHARE_PROMPTS", True)
     plain, model = tiny("qwen"), tiny("qwen")
     model.packed_attention = "packed_dense"
     torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
