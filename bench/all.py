@@ -1,6 +1,6 @@
 """All benches that need a GPU, one command: as many at once as this machine has GPUs, each with a limit; what is done stays done.
 
-    python bench/all.py                       # every job below; about 25 minutes on four GPUs, 50 on one
+    python bench/all.py                       # every job below
     python bench/all.py --only course         # the jobs whose names contain this (repeat for several)
     python bench/all.py --list                # what there is, and what is done
 
@@ -10,13 +10,14 @@ end; the same command tries those again. Jobs that time the host (TRL's, vLLM's)
 """
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import psutil
 import typer
 
 BENCH = Path(__file__).resolve().parent
@@ -44,14 +45,13 @@ JOBS = {
     "vllm_pocket": Job(1, 300, "decode_profile", "decode_profile.py --part profile --shape pocket"),
     "pairs_pocket": Job(1, 900, "decode_profile", "decode_profile.py --part pairs --shape pocket"),
     "rehearsal": Job(1, 1800, "dress_rehearsal", "dress_rehearsal.py"),
-    "scaling_course": Job(4, 500, "scaling", "scaling.py --only course --steps 2"),
-    "scaling_pocket": Job(4, 400, "scaling", "scaling.py --only pocket"),
+    "scaling": Job(4, 900, "scaling", "scaling.py"),  # one job: the other's rows are in the same list
     "server": Job(2, 300, "server_weights", "server_weights.py"),
 }
 
 
 def changed(before, after):
-    """What of `after` differs from `before`: of dictionaries, those entries alone."""
+    """What of `after` differs from `before`: of dictionaries, those entries alone; a list counts as one value."""
     if not (isinstance(before, dict) and isinstance(after, dict)):
         return after
     return {k: changed(before.get(k), v) for k, v in after.items() if k not in before or before[k] != v}
@@ -88,32 +88,44 @@ def start(name: str, job: Job, gpus: list[str], folder: Path, stored: Path) -> s
                                 env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)})
 
 
+def kill(process: subprocess.Popen) -> None:
+    """Ends a job and all that it has started, in whatever process groups."""
+    with suppress(psutil.NoSuchProcess):
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
 def run_all(jobs: dict[str, Job], gpus: list[str], folder: Path, stored: Path, tick_s: float = 0.5) -> dict[str, str]:
     """Runs the jobs in their order on the GPUs; why each that did not end well has failed."""
     waiting, free, running, failed = dict(jobs), list(gpus), {}, {}
-    while waiting or running:
-        for name in list(waiting):
-            job = waiting[name]
-            if job.gpus > len(free):
-                break  # it is next: no later one goes before it
-            mine, free = free[:job.gpus], free[job.gpus:]
-            running[name] = start(name, waiting.pop(name), mine, folder, stored), job, mine, time.monotonic()
-            print(f"{name}: started on {', '.join(mine) or 'the CPU'}", flush=True)
-        time.sleep(tick_s)
-        for name, (process, job, mine, begin) in list(running.items()):
-            late = time.monotonic() - begin > job.limit_s
-            if process.poll() is None and not late:
-                continue
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                failed[name] = f"ran past its {job.limit_s} s"
-            elif process.returncode:
-                failed[name] = f"exit code {process.returncode}"
-            else:
-                keep(name, job, folder, stored)
-            process.wait()
-            print(f"{name}: {failed.get(name, 'done')} after {time.monotonic() - begin:.0f} s", flush=True)
-            free += running.pop(name)[2]
+    try:
+        while waiting or running:
+            for name in list(waiting):
+                job = waiting[name]
+                if job.gpus > len(free):
+                    break  # it is next: no later one goes before it
+                mine, free = free[:job.gpus], free[job.gpus:]
+                running[name] = start(name, waiting.pop(name), mine, folder, stored), job, mine, time.monotonic()
+                print(f"{name}: started on {', '.join(mine) or 'the CPU'}", flush=True)
+            time.sleep(tick_s)
+            for name, (process, job, mine, begin) in list(running.items()):
+                late = time.monotonic() - begin > job.limit_s
+                if process.poll() is None and not late:
+                    continue
+                if process.poll() is None:
+                    kill(process)
+                    failed[name] = f"ran past its {job.limit_s} s"
+                elif process.returncode:
+                    failed[name] = f"exit code {process.returncode}"
+                else:
+                    keep(name, job, folder, stored)
+                process.wait()
+                print(f"{name}: {failed.get(name, 'done')} after {time.monotonic() - begin:.0f} s", flush=True)
+                free += running.pop(name)[2]
+    finally:  # Ctrl-C: nothing stays on a GPU
+        for process, *_ in running.values():
+            kill(process)
     return failed
 
 
@@ -133,7 +145,7 @@ def main(only: Annotated[list[str], typer.Option(help="jobs whose names contain 
         typer.echo("error: no GPU here; each bench has a smoke test without one: --small --out FILE", err=True)
         raise SystemExit(2)
     folder.mkdir(parents=True, exist_ok=True)
-    small = {name: f"needs {job.gpus} GPUs, {len(there)} are used" for name, job in chosen.items() if job.gpus > len(there)}
+    small = {name: f"needs {job.gpus} GPUs, {len(there)} are used" for name, job in chosen.items() if job.gpus > len(there) and name not in done}
     failed = small | run_all({n: j for n, j in chosen.items() if n not in done | small.keys()}, there, folder, STORED)
     print(*(f"not done: {name}, {why}" for name, why in failed.items()), sep="\n")
     raise SystemExit(int(bool(failed)))

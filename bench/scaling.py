@@ -132,7 +132,7 @@ def main(out: Path = STORED, small: bool = False, steps: int = 3,
         grpo_step.refuse(f"--engine is static or vllm, not {engine!r}")
     if here:
         return job(only, small, engine, replicas, steps, out)
-    if not all(n.isdigit() and int(n) for n in filter(None, gpus.split(","))):
+    if not all(n.isdigit() and int(n) for n in gpus.split(",") if gpus):
         grpo_step.refuse(f"--gpus takes numbers, as 1,2,4, not {gpus!r}")
     from cs336_alignment.cli import bench_refusal
     if problem := bench_refusal(small, out, STORED, grpo_step.on_gpu()):
@@ -154,11 +154,12 @@ def measure_all(out: Path, small: bool, steps: int, engine: str, replicas: int, 
     import torch
     import transformers
 
+    from cs336_alignment.runs import environment
     from cs336_alignment.vllm_engine import multi_process_service, vllm_version
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
-    rows, failed = [r for r in rows if r["shape"] not in shapes], []
+    rows, failed = [r for r in rows if r["shape"] not in shapes or r["processes"] not in numbers], []
     about = {"gpu": torch.cuda.get_device_name() if grpo_step.on_gpu() else f"{platform.machine()} CPU", "torch": torch.__version__,
-             "transformers": transformers.__version__, "vllm": vllm_version(), "small": small, "engine": engine}
+             "transformers": transformers.__version__, "vllm": vllm_version(), "small": small, "engine": engine, "commit": environment()["commit"]}
     if engine == "vllm":
         about["engines_a_gpu"] = replicas
     with multi_process_service() if engine == "vllm" else nullcontext():
@@ -170,8 +171,8 @@ def measure_all(out: Path, small: bool, steps: int, engine: str, replicas: int, 
                                "--replicas", str(replicas), *(["--small"] if small else [])]
                     if start(n, options) or not part.exists():
                         failed.append(f"{shape} on {n}")
-                        continue
-                    rows += json.loads(part.read_text())
+                    else:
+                        rows += json.loads(part.read_text())
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(about | {"date": time.strftime("%Y-%m-%d"), "rows": with_efficiency(rows), "failed": failed},
                                           indent=1) + "\n")

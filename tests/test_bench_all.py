@@ -44,7 +44,7 @@ def test_jobs_have_gpus_of_their_own_and_store_what_they_measured(place):
     assert failed == {"wrong": "exit code 3", "late": "ran past its 1 s"} and time.monotonic() - begin < 20
     stored = json.loads((place[1] / "one.json").read_text())
     assert stored["a"] == {"old": 1, "gpus": "2"} and stored["b"] == {"gpus": "GPU-5e"} and stored["other"] == 3
-    assert set(stored["c"]["gpus"].split(",")) == {"2", "GPU-5e"} and "e" not in stored and "f" not in stored
+    assert {*stored["c"]["gpus"].split(",")} == {"2", "GPU-5e"} and "e" not in stored and "f" not in stored
     assert {file.stem for file in place[0].glob("*.done")} == {"a", "b", "both", "last"}
 
 

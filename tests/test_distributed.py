@@ -474,7 +474,7 @@ def bench(*arguments):
 
 
 @pytest.mark.parametrize("arguments, message", [([], "no GPU here"), (["--only", "both"], "--only is pocket or course"),
-                                                (["--gpus", "1,x"], "--gpus takes numbers")])
+                                                (["--gpus", "1,x"], "--gpus takes numbers"), (["--gpus", "1,"], "--gpus takes numbers")])
 def test_the_bench_refuses_in_one_line(arguments, message):
     done = bench(*arguments)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

@@ -113,8 +113,10 @@ def die_at_call(k):
 
 @pytest.mark.timeout(60)
 def test_a_child_that_is_killed_with_the_lock_of_progress_bars_stops_no_later_one():
-    pid = in_child(lambda: (tqdm.get_lock().acquire(), time.sleep(60)))
-    time.sleep(0.5)
+    tqdm.get_lock()  # made here, so that a fork shares it
+    read, write = os.pipe()
+    pid = in_child(lambda: (tqdm.get_lock().acquire(), os.write(write, b"!"), time.sleep(60)))
+    os.read(read, 1)  # the child has it
     os.kill(pid, signal.SIGKILL)
     assert ended_by(pid) == signal.SIGKILL
     assert ended_by(in_child(lambda: list(tqdm(range(3), file=io.StringIO())))) == 0
