@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import typer
 
@@ -46,6 +47,28 @@ def test_jobs_have_gpus_of_their_own_and_store_what_they_measured(place):
     assert stored["a"] == {"old": 1, "gpus": "2"} and stored["b"] == {"gpus": "GPU-5e"} and stored["other"] == 3
     assert {*stored["c"]["gpus"].split(",")} == {"2", "GPU-5e"} and "e" not in stored and "f" not in stored
     assert {file.stem for file in place[0].glob("*.done")} == {"a", "b", "both", "last"}
+
+
+def test_after_ctrl_c_nothing_stays_on_a_gpu(place, monkeypatch):
+    """What a job has started neither, though it is in a session of its own, as accelerate's workers are."""
+    (place[0] / "parent.py").write_text("import subprocess, sys, time\n"
+                                        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
+                                        f"open({str(place[0] / 'child')!r}, 'w').write(str(child.pid))\ntime.sleep(60)\n")
+
+    def interrupted(seconds, sleep=time.sleep):
+        while not (place[0] / "child").exists() or not (place[0] / "child").read_text():
+            sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_all({"a": bench.Job(1, 30, "one", "parent.py")}, ["0"], *place)
+    monkeypatch.undo()
+    child, patience = int((place[0] / "child").read_text()), time.monotonic() + 10
+    gone = lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    while not gone() and time.monotonic() < patience:
+        time.sleep(0.05)
+    assert gone()
 
 
 def test_two_that_write_one_file_do_not_undo_each_other():

@@ -489,6 +489,23 @@ def test_the_bench_measures_one_process_and_two(tmp_path):
     assert all(r["step_s"] > 0 and r["update_mfu"] > 0 and r["efficiency"] > 0 and 0 < r["share_trained"] <= 1 for r in rows)
 
 
+def test_a_number_of_gpus_measured_later_keeps_the_others(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(data.repo_root() / "bench"))
+    import scaling
+
+    def start(n, arguments):
+        row = {"shape": "a", "mixed_groups": 1.0, "processes": n, "step_s": 8.0 / n}
+        Path(arguments[arguments.index("--out") + 1]).write_text(json.dumps([row]))
+        return int(n == 4)
+
+    monkeypatch.setattr(scaling, "start", start)
+    out = tmp_path / "scaling.json"
+    codes = [scaling.measure_all(out, True, 1, "static", 1, ["a"], numbers) for numbers in ([1], [2, 4])]
+    found = json.loads(out.read_text())
+    assert codes == [0, 1] and [(r["processes"], r["efficiency"]) for r in found["rows"]] == [(1, 1.0), (2, 1.0)]
+    assert found["failed"] == ["a on 4"] and found["commit"]
+
+
 def test_efficiency_is_against_one_process_of_the_same_shape(monkeypatch):
     monkeypatch.syspath_prepend(str(data.repo_root() / "bench"))
     import scaling
